@@ -1,0 +1,61 @@
+# `make report` is all that a fresh machine needs: it sets up .venv, runs the notebooks and builds the report.
+
+PROFILE ?= scenes
+VENV    ?= .venv
+PYTHON  ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+# The lines that matter come from the notebooks; QUIET= shows Snakemake's own too.
+QUIET   ?= --quiet all
+BIN      = $(VENV)/bin
+
+# All cores: one notebook at a time, and it gets all of them (fewer with OMP_NUM_THREADS).
+# --nolock, --rerun-incomplete: after a kill, the next `make report` goes on where the last one was. Each step
+# takes its own lock, so a notebook that outlived the kill is waited for and not run twice.
+# mtime is about the done.json files; a notebook's time does not count, as no rule has a notebook as input.
+SNAKEMAKE_FLAGS = --cores $${OMP_NUM_THREADS:-all} --nolock --rerun-incomplete \
+	--rerun-triggers params input mtime --scheduler greedy $(QUIET)
+
+.PHONY: help setup test report lab clean
+
+help:
+	@echo "make report [PROFILE=scenes]  run the notebooks of a profile, build report/build/report.pdf"
+	@echo "make test                     run the tests"
+	@echo "make lab                      open the notebooks in JupyterLab"
+	@echo "make setup                    create or update $(VENV); the targets above do so themselves"
+	@echo "make clean [PROFILE=scenes]   delete runs/PROFILE (models, caches); results/ stays"
+	@echo "Profiles: $(basename $(notdir $(wildcard notebooks/profiles/*.yaml)))"
+
+setup: $(VENV)/.done
+
+$(VENV)/.done: requirements.txt pyproject.toml
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)])' || { \
+		echo "Python 3.11 or 3.12 is needed, and '$(PYTHON)' is neither: make setup PYTHON=/path/to/python3.11"; \
+		exit 1; }
+	@echo "Installing the packages of requirements.txt into $(VENV): about two minutes"
+	@"$(PYTHON)" -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@if git rev-parse --git-dir >/dev/null 2>&1; then \
+		git config filter.nbstripout.clean '$(BIN)/python -m nbstripout'; \
+		git config filter.nbstripout.smudge cat; \
+		git config filter.nbstripout.required true; \
+		git config filter.nbstripout.extrakeys 'metadata.papermill cell.metadata.papermill'; \
+		git config diff.ipynb.textconv '$(BIN)/python -m nbstripout -t'; \
+	fi
+	@touch $@
+
+test: setup
+	$(BIN)/python -m pytest
+
+report: setup
+	@$(BIN)/python -m jettclip.pipeline check $(PROFILE)
+	@$(BIN)/python -m snakemake $(SNAKEMAKE_FLAGS) --config profile=$(PROFILE) || { \
+		echo "Stopped. If no line above says why: make report PROFILE=$(PROFILE) QUIET="; exit 1; }
+	@echo "The report is in report/build"
+
+lab: setup
+	cd notebooks && ../$(BIN)/jupyter lab
+
+clean:
+	@test -f notebooks/profiles/$(PROFILE).yaml || { echo "no profile '$(PROFILE)'"; exit 1; }
+	@echo "Deleting runs/$(PROFILE); results/ stays as it is"
+	@rm -rf runs/$(PROFILE)

@@ -1,0 +1,140 @@
+# Runs the notebooks of a profile in order, then builds the report; `make report PROFILE=scenes` starts it.
+# By hand, for a look at what would run:
+#
+#     snakemake --cores all --config profile=scenes --rerun-triggers params input mtime --dry-run
+#
+# A step runs again when its notebook's code cells or its parameters change (`made_by`; prose, outputs and
+# the notebook's modification time do not count), and when a step that it needs has run again. Changes of
+# jettclip/*.py are not seen: `make clean PROFILE=scenes` starts over.
+#
+# The executed notebooks lie beside done.json. They are neither outputs, which Snakemake deletes after a
+# failure, nor logs, which it then creates empty.
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+from jettclip import pipeline
+
+P = str(config.get("profile", "scenes"))
+try:
+    STEPS = pipeline.plan(P)
+except ValueError as error:
+    raise WorkflowError(str(error)) from None
+
+RUNS = f"runs/{P}"
+VARIANTS = [step.done.parent.name for step in STEPS.values() if step.notebook == "02_train"]
+ALL = [os.path.relpath(step.done) for step in STEPS.values()]
+TRAINED = expand(RUNS + "/{variant}/done.json", variant=VARIANTS)
+PDF = pipeline.report_pdf(P)
+# exec: no shell stays between Snakemake and the step, so signals arrive.
+RUN = f'exec "{sys.executable}" -m jettclip.pipeline run --profile {P}'
+# The lines on progress count from here; jobs inherit it.
+os.environ.setdefault("JETTCLIP_STARTED", str(time.time()))
+# Each notebook uses all cores, so one runs at a time. Snakemake sets OMP_NUM_THREADS of a job to this number;
+# at its default, 1, torch would use a single core.
+THREADS = workflow.cores or 1
+
+
+wildcard_constraints:
+    variant="|".join(map(re.escape, VARIANTS)),
+
+
+# Every step is asked for by name: Snakemake accepts a missing file in the middle if the last one is there, so
+# after an interrupted second run it would find nothing to do.
+rule all:
+    input:
+        PDF,
+        ALL,
+
+
+rule notebooks:
+    input:
+        ALL,
+
+
+rule pdf:
+    input:
+        RUNS + "/report/done.json",
+        sorted(str(path) for path in Path("report").glob("*.*")),
+    output:
+        PDF,
+    params:
+        profile=P,
+    shell:
+        "exec {sys.executable:q} -m jettclip.report pdf --profile {params.profile}"
+
+
+rule data:
+    output:
+        RUNS + "/data/done.json",
+    params:
+        made_by=STEPS["00_data"].made_by,
+    threads: THREADS
+    shell:
+        "{RUN} 00_data"
+
+
+rule teacher:
+    input:
+        rules.data.output,
+    output:
+        RUNS + "/teacher/done.json",
+    params:
+        made_by=STEPS["01_teacher_features"].made_by,
+    threads: THREADS
+    shell:
+        "{RUN} 01_teacher_features"
+
+
+rule train:
+    input:
+        rules.teacher.output,
+    output:
+        RUNS + "/{variant}/done.json",  # no more: Snakemake deletes outputs first; last.ckpt has to stay
+    params:
+        made_by=lambda wildcards: STEPS[f"02_train {wildcards.variant}"].made_by,
+    threads: THREADS
+    priority: lambda wildcards: len(VARIANTS) - VARIANTS.index(wildcards.variant)  # in the profile's order
+    shell:
+        "{RUN} 02_train --variant {wildcards.variant:q}"
+
+
+rule reparameterize:
+    input:
+        TRAINED,
+    output:
+        RUNS + "/deploy/done.json",
+    params:
+        made_by=STEPS["03_reparameterize"].made_by,
+    threads: THREADS
+    shell:
+        "{RUN} 03_reparameterize"
+
+
+rule evaluate:
+    input:
+        TRAINED,
+    output:
+        RUNS + "/evaluate/done.json",
+    params:
+        made_by=STEPS["04_evaluate"].made_by,
+    threads: THREADS
+    shell:
+        "{RUN} 04_evaluate"
+
+
+rule report_notebook:
+    input:
+        rules.reparameterize.output,
+        rules.evaluate.output,
+    output:
+        RUNS + "/report/done.json",
+    params:
+        made_by=STEPS["05_report"].made_by,
+    threads: THREADS
+    shell:
+        "{RUN} 05_report"

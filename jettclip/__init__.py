@@ -1,0 +1,10 @@
+"""JettCLIP: MobileCLIP-sized students with Long-CLIP's 248-token reading, distilled from cached teacher features."""
+import importlib
+
+__all__ = ["create_model", "create_model_and_transforms", "get_tokenizer", "list_models", "reparameterize"]
+
+
+def __getattr__(name):  # torch takes seconds to import; `jettclip.pipeline` does without
+    if name not in __all__:
+        raise AttributeError(f"module 'jettclip' has no attribute {name!r}")
+    return getattr(importlib.import_module(".models", __name__), name)

@@ -1,0 +1,189 @@
+"""From result rows to figures, provenance and the PDF.
+
+    python -m jettclip.report pdf --profile scenes      # report/report.typ -> report/build/report.pdf
+"""
+import argparse
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+
+from .checkpoints import write_then_rename
+from .pipeline import report_pdf, results_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+# Okabe and Ito's colour-blind safe palette, ordered by lightness, each with a line style and marker for grey print.
+STYLES = [("#000000", "-", "o"), ("#0072B2", "--", "s"), ("#D55E00", "-.", "^"), ("#009E73", ":", "D"),
+          ("#CC79A7", (0, (5, 1)), "v"), ("#E69F00", (0, (3, 1, 1, 1)), "P"), ("#56B4E9", (0, (1, 1)), "X")]
+
+
+def style():
+    """Matplotlib settings of every figure: small, vector, the same file for the same numbers."""
+    mpl.rcParams.update({
+        "figure.figsize": (6.3, 3.2), "figure.constrained_layout.use": True, "font.size": 9, "axes.grid": True,
+        "grid.color": "#dddddd", "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
+        "legend.frameon": False, "legend.fontsize": 8, "svg.hashsalt": "jettclip", "svg.fonttype": "path",
+        "savefig.dpi": 150})
+
+
+def save(figure, path):
+    """Write `figure` as SVG (under a temporary name, then renamed)."""
+    write_then_rename(path, lambda temporary: figure.savefig(temporary, metadata={"Date": None}))
+
+
+def save_csv(table, path):
+    """Write `table` as CSV with 6 significant digits (under a temporary name, then renamed)."""
+    write_then_rename(path, lambda temporary: table.to_csv(temporary, index=False, float_format="%.6g"))
+
+
+def contact_sheet(images, titles, columns=4, width=6.3):
+    """Images (each uint8 (3, H, W)) in a grid with a short title each -> figure."""
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(width, rows * width / columns * 1.22), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, title in zip(axes.flat, images, titles):
+        axis.imshow(image.permute(1, 2, 0), interpolation="nearest")  # (3, H, W) -> (H, W, 3)
+        axis.set_title(title, fontsize=7, wrap=True)
+    return figure
+
+
+def lengths(long, short):
+    """Histogram of caption lengths in tokens, with the marks of a 77- and a 248-token model -> figure."""
+    figure, axis = plt.subplots()
+    bins = range(0, 256, 8)
+    axis.hist(short, bins, color="#bbbbbb", label="short captions")
+    axis.hist(long, bins, color="#0072B2", alpha=0.8, label="long captions")
+    for mark in (77, 248):
+        axis.axvline(mark, color="black", linestyle="--", linewidth=1)
+        axis.text(mark - 2, axis.get_ylim()[1], f"{mark} tokens", rotation=90, va="top", ha="right", fontsize=8)
+    axis.set(xlabel="tokens (start and end included)", ylabel="captions", xlim=(0, 256))
+    axis.legend(loc="upper center")
+    return figure
+
+
+def spectrum(variance, k):
+    """Share of variance kept by the first components, one line per feature set {name: (d,) shares} -> figure."""
+    figure, axis = plt.subplots()
+    for (name, shares), (colour, line, _) in zip(variance.items(), STYLES):
+        axis.plot(range(1, len(shares) + 1), shares, color=colour, linestyle=line, label=name)
+    axis.axvline(k, color="black", linewidth=1, linestyle=":")
+    axis.text(k + 1, 0.05, f"k = {k}", fontsize=8)
+    axis.set(xlabel="principal components kept", ylabel="share of variance", ylim=(0, 1.02))
+    axis.legend(loc="lower right")
+    return figure
+
+
+def curves(history, value, label):
+    """One line per model of `history` (columns model, step, `value`) -> figure."""
+    figure, axis = plt.subplots()
+    for (name, rows), (colour, line, marker) in zip(history.groupby("model", sort=False), STYLES):
+        axis.plot(rows.step, rows[value], color=colour, linestyle=line, marker=marker, markersize=4, label=name)
+    axis.set(xlabel="training steps", ylabel=label, ylim=(0, None))
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def bars(table, label, reference=None):
+    """Horizontal bars of table.value with intervals low..high, one per table.model -> figure.
+
+    reference: (value, name) of a vertical line.
+    """
+    table = table.iloc[::-1]
+    figure, axis = plt.subplots(figsize=(6.3, 0.6 + 0.28 * len(table)))
+    axis.barh(table.model, table.value, color="#8fbcd9", edgecolor="black", linewidth=0.6,
+              xerr=[table.value - table.low, table.high - table.value], error_kw={"linewidth": 1, "capsize": 2})
+    for y, (value, high) in enumerate(zip(table.value, table.high)):
+        axis.text(high, y, f"  {value:.3f}", va="center", fontsize=8)
+    if reference:
+        axis.axvline(reference[0], color="black", linestyle=":", linewidth=1)
+        axis.text(reference[0], len(table) - 0.4, f" {reference[1]}", fontsize=7, va="bottom")
+    axis.set(xlabel=label, xlim=(0, min(1.12, 1.18 * table.high.max())))
+    axis.grid(axis="y", visible=False)
+    return figure
+
+
+def positions(table):
+    """Where-is-the-detail: accuracy with interval against token position, a line per model -> figure."""
+    figure, axis = plt.subplots(figsize=(6.3, 3.6))
+    models = list(table.groupby("model", sort=False))
+    for number, ((name, rows), (colour, line, marker)) in enumerate(zip(models, STYLES)):
+        place = rows.position + 1.6 * (number - (len(models) - 1) / 2)  # side by side, so that intervals stay apart
+        axis.errorbar(place, rows.value, yerr=[rows.value - rows.low, rows.high - rows.value], color=colour,
+                      linestyle=line, marker=marker, markersize=4, capsize=2, linewidth=1.2, label=name)
+    axis.axhline(0.5, color="black", linewidth=0.8)
+    axis.axvline(77, color="black", linestyle="--", linewidth=1)
+    axis.text(78, 1.01, "77 tokens", fontsize=8)
+    axis.text(axis.get_xlim()[1], 0.505, "chance", fontsize=8, ha="right", va="bottom")
+    axis.set(xlabel="token position of the only differing detail", ylabel="accuracy", ylim=(0.35, 1.05))
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3)
+    return figure
+
+
+def speed(table):
+    """Ratios to the teacher's latency for each tower and batch size (rows of deploy.latency) -> figure."""
+    groups = [f"{tower}, batch {batch}" for tower, batch in table[["tower", "batch"]].drop_duplicates().values]
+    figure, axis = plt.subplots()
+    models = list(table.groupby("model", sort=False))
+    for number, (name, rows) in enumerate(models):
+        place = [g + (number - (len(models) - 1) / 2) * 0.8 / len(models) for g in range(len(groups))]
+        axis.bar(place, rows.ratio_to_teacher, 0.8 / len(models), color=f"{0.25 + 0.6 * number / len(models)}",
+                 edgecolor="black", linewidth=0.6, label=name)
+        for x, ratio in zip(place, rows.ratio_to_teacher):
+            axis.text(x, ratio, f"{ratio:.1f}", ha="center", va="bottom", fontsize=7)
+    axis.set_xticks(range(len(groups)), groups)
+    axis.set(ylabel="times as fast as the teacher")
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    axis.grid(axis="x", visible=False)
+    return figure
+
+
+def provenance():
+    """What produced a result: commit, versions, hardware, threads."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True)
+    packages = ("torch", "torchvision", "timm", "open_clip_torch", "numpy", "pandas")
+    cpu = [line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")]
+    return {"commit": commit.stdout.strip() or "unknown", "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in packages},
+            "cpu": cpu[0] if cpu else platform.processor(), "cores": len(cpu) or None, "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "date": pd.Timestamp.now(tz="UTC").strftime("%Y-%m-%d")}
+
+
+def _cpu_lines():
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def pdf(profile):
+    """Compile report/report.typ; its numbers come from results/*/*.csv (for `smoke`, from runs/smoke/results)."""
+    import typst
+
+    scenes = results_folder(profile if profile == "smoke" else "scenes")
+    missing = [str(folder) for folder in (scenes, Path("results/flickr8k")) if not (ROOT / folder / "provenance.json").exists()]
+    if missing:
+        raise FileNotFoundError(f"the report needs {' and '.join(missing)}: run `make report` for that profile first")
+    output = ROOT / report_pdf(profile)
+    write_then_rename(output, lambda path: typst.compile(
+        ROOT / "report/report.typ", output=path, root=ROOT, sys_inputs={"scenes": f"/{scenes}"}))
+    return output
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m jettclip.report", description=__doc__.splitlines()[0])
+    command = parser.add_subparsers(dest="command", required=True).add_parser("pdf", help="compile the report")
+    command.add_argument("--profile", default="scenes", help="smoke reads runs/smoke/results in place of results/scenes")
+    try:
+        print(f"wrote {pdf(parser.parse_args().profile)}")
+    except (FileNotFoundError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

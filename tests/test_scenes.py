@@ -1,0 +1,107 @@
+import hashlib
+import io
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from open_clip.tokenizer import SimpleTokenizer
+from PIL import Image, ImageChops
+
+from jettclip.scenes import (ATTRIBUTES, caption, draw, make_details, make_pairs, scene,
+                             short_caption)
+
+TOKENIZER = SimpleTokenizer()
+NUMBERS = st.integers(0, 2**31)
+
+
+def tokens(text):
+    """CLIP tokens with start and end."""
+    return [49406, *TOKENIZER.encode(text), 49407]
+
+
+def opened(png):
+    return Image.open(io.BytesIO(png)).convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def details():
+    return make_details(200, seed=3)
+
+
+@given(seed=NUMBERS, index=NUMBERS)
+@settings(max_examples=150, deadline=None)
+def test_caption_tells_the_whole_scene(seed, index):
+    drawn = scene(seed, index)
+    assert drawn == scene(seed, index)
+    assert 5 <= len(drawn.objects) <= 8
+    assert len({thing.place for thing in drawn.objects}) == len(drawn.objects)
+    short, *sentences = caption(drawn).removesuffix(".").split(". ")
+    assert short == short_caption(drawn)
+    for position, sentence in zip(drawn.order, sentences, strict=True):
+        for attribute, words in ATTRIBUTES.items():
+            named = [word for word in words if word in sentence.lower()]
+            assert named == [getattr(drawn.objects[position], attribute)]
+    assert 60 <= len(tokens(caption(drawn))) <= 200
+    assert 12 <= len(tokens(short)) <= 20
+
+
+def test_caption_lengths_vary():
+    lengths = [len(tokens(caption(scene(0, index)))) for index in range(400)]
+    assert min(lengths) < 80 and max(lengths) > 175
+    assert 110 < sum(lengths) / len(lengths) < 130
+
+
+def test_pairs_are_reproducible_and_distinct():
+    pairs = make_pairs(300, seed=1, split="test")
+    assert list(pairs.columns) == ["image", "long", "short", "split", "key"]
+    assert pairs.equals(make_pairs(300, seed=1, split="test"))
+    assert set(pairs["split"]) == {"test"} and pairs["key"][7] == "scenes-1-7"
+    assert pairs["long"].is_unique and pairs["image"].is_unique and pairs["key"].is_unique
+    assert not set(pairs["long"]) & set(make_pairs(300, seed=2)["long"])
+    assert opened(pairs["image"][0]).size == (64, 64)
+
+
+@pytest.mark.parametrize("size", [32, 64, 100, 224])
+def test_picture_size(size):
+    picture = draw(scene(0, 0), size)
+    assert picture.size == (size, size) and picture.mode == "RGB"
+
+
+def test_detail_pairs_differ_in_one_run_of_tokens(details):
+    assert list(details.columns) == ["image", "other_image", "long", "other_long", "attribute",
+                                     "position", "key"]
+    for row in details.itertuples():
+        one, other = tokens(row.long), tokens(row.other_long)
+        assert len(one) == len(other)
+        different = [i for i, pair in enumerate(zip(one, other)) if pair[0] != pair[1]]
+        assert different[0] == row.position
+        assert len(different) == different[-1] - different[0] + 1
+        assert len(different) <= (2 if row.attribute == "place" else 1)
+        words = [TOKENIZER.decode(one[i:i + 1]).strip() for i in different]
+        assert " ".join(words) in " ".join(ATTRIBUTES[row.attribute])
+        assert row.long.split(". ")[0] == row.other_long.split(". ")[0]
+
+
+def test_detail_pictures_differ_visibly_where_the_object_is(details):
+    for row in details.itertuples():
+        change = ImageChops.difference(opened(row.image), opened(row.other_image))
+        assert max(high for _, high in change.getextrema()) > 40
+        left, top, right, bottom = change.getbbox()
+        if row.attribute != "place":
+            assert right - left <= 23 and bottom - top <= 23
+
+
+def test_detail_positions_and_attributes_are_spread(details):
+    assert details.equals(make_details(200, seed=3))
+    assert details["key"].is_unique
+    counts = details["attribute"].value_counts()
+    assert set(counts.index) == set(ATTRIBUTES) and counts.min() > 0.8 * counts.max()
+    by_position = (details["position"] // 20).value_counts()
+    assert all(by_position[part] >= 20 for part in range(1, 7))
+    assert details["position"].max() > 150
+
+
+def test_the_data_set_is_the_published_one():
+    text = "\n".join(caption(scene(0, index)) for index in range(20))
+    assert hashlib.sha256(text.encode()).hexdigest() == (
+        "053a88523b2c6adc0d45aff88d5236c8d93993b2af19d8c2d4b0f0759279668a")
