@@ -40,11 +40,12 @@ def _scenes(root, split, n, seed, image_size):
 
 
 def _flickr8k(root, split, n, seed, image_size):
-    root = Path(root or os.environ.get("JETTCLIP_DATA", "")).expanduser()
-    files = sorted(root.glob(f"flickr8k_*_{split}.parquet"), key=lambda f: int(f.name.split("_")[1].removesuffix("px")))
-    if not (root or os.environ.get("JETTCLIP_DATA")) or not files:
+    root = root or os.environ.get("JETTCLIP_DATA")
+    files = sorted(Path(root).expanduser().glob(f"flickr8k_*_{split}.parquet") if root else [],
+                   key=lambda f: int(f.name.split("_")[1].removesuffix("px")))
+    if not files:
         raise FileNotFoundError(
-            f"no flickr8k_<size>px_{split}.parquet in {str(root)!r}: set the parameter data_root or the environment "
+            f"no flickr8k_<size>px_{split}.parquet in {str(root or "")!r}: set the parameter data_root or the environment "
             "variable JETTCLIP_DATA to the folder that holds Flickr8k (Hodosh et al., 2013) as Parquet files with the "
             "columns image (JPEG bytes), filename, captions (list of 5), split")
     table = pd.read_parquet(files[0])  # the smallest size
@@ -69,8 +70,9 @@ SOURCES = {"scenes": _scenes, "flickr8k": _flickr8k}
 def read_image(image):
     """Encoded bytes or a path -> uint8 tensor (3, H, W)."""
     data = Path(image).read_bytes() if isinstance(image, (str, Path)) else image
-    return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB,
-                        apply_exif_orientation=True)
+    image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB,
+                         apply_exif_orientation=True)
+    return transform.to_dtype(image, torch.uint8, scale=True)  # a 16-bit PNG comes as uint16
 
 
 def clean_pairs(table, context_length=248):
@@ -91,11 +93,12 @@ def clean_pairs(table, context_length=248):
                 usable[row] = False
         try:
             read_image(image)
-        except (RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, TypeError, OSError) as error:
             problems.append((key, f"unreadable image, left out: {str(error).splitlines()[0]}"))
             usable[row] = False
-        if usable[row] and (tokens := len(encode(long)) + 2) > context_length:
-            problems.append((key, f"long caption of {tokens} tokens, truncated to {context_length}"))
+        for name, caption in (("long", long), ("short", short)) if usable[row] else ():
+            if (tokens := len(encode(caption)) + 2) > context_length:
+                problems.append((key, f"{name} caption of {tokens} tokens, truncated to {context_length}"))
     return table[usable].reset_index(drop=True), pd.DataFrame(problems, columns=["key", "problem"])
 
 

@@ -19,15 +19,15 @@ def ranks(image, text, image_of_text=None):
     """Rank of the right answer for each query: (rank of text t's image (T,), rank of image i's best text (I,)).
 
     image (I, d), text (T, d), normalised; text t describes image image_of_text[t] (default: t). Rank 0 is best; ties
-    count against the model. Example: one text, two equal images, either right -> rank 1.
+    and NaN count against the model. Example: one text, two equal images, either right -> rank 1.
     """
     image_of_text = torch.arange(len(text)) if image_of_text is None else torch.as_tensor(image_of_text)
     similarity = text @ image.T  # (T, d) -> (T, I)
     right = similarity[torch.arange(len(text)), image_of_text]
-    of_text = (similarity >= right[:, None]).sum(dim=1) - 1
+    of_text = (~(similarity < right[:, None])).sum(dim=1) - 1
     own = image_of_text[:, None] == torch.arange(len(image))  # (T, I)
     best = similarity.masked_fill(~own, -torch.inf).amax(dim=0)  # (T, I) -> (I,)
-    of_image = ((similarity >= best) & ~own).sum(dim=0)
+    of_image = (~(similarity < best) & ~own).sum(dim=0)
     return of_text, of_image
 
 

@@ -47,10 +47,11 @@ class FeatureCache:
         if (folder / "manifest.json").exists():
             return cls.open(folder, **asked)
         progress = folder / "progress.json"
-        done = json.loads(progress.read_text()) if progress.exists() else {"asked": asked, "batches": 0}
+        asked_now = {**asked, "batch_size": batch_size}  # batches are counted, so their size belongs to the progress
+        done = json.loads(progress.read_text()) if progress.exists() else {"asked": asked_now, "batches": 0}
         shapes = {"image": (n, k, width), "long": (n, width), "short": (n, width)}
-        if done["asked"] != asked or not all((folder / f"{name}.npy").exists() for name in shapes):
-            done = {"asked": asked, "batches": 0}
+        if done["asked"] != asked_now or not all((folder / f"{name}.npy").exists() for name in shapes):
+            done = {"asked": asked_now, "batches": 0}
         mode = "r+" if done["batches"] else "w+"
         files = {name: np.lib.format.open_memmap(folder / f"{name}.npy", mode, np.float16, shape)
                  for name, shape in shapes.items()}
@@ -66,7 +67,7 @@ class FeatureCache:
             if number % 20 == 0 or number == len(batches):
                 for file in files.values():
                     file.flush()
-                write_json(progress, {"asked": asked, "batches": number})
+                write_json(progress, {"asked": asked_now, "batches": number})
                 report(f"teacher features: batch {number} of {len(batches)}")
         for name, file in files.items():
             norms = np.linalg.norm(file.astype(np.float32), axis=-1)

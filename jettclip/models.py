@@ -81,6 +81,7 @@ class TimmImage(nn.Module):
     def __init__(self, embed_dim, image_size, timm_model_name, **timm_args):
         super().__init__()
         self.trunk = timm.create_model(timm_model_name, num_classes=embed_dim, global_pool="avg", **timm_args)
+        self.folded = False
 
     def forward(self, image):
         return self.trunk(image)  # (B, 3, H, W) -> (B, embed_dim)
@@ -162,9 +163,9 @@ def create_model(name, pretrained=None, device="cpu", text_tower=None, **overrid
 
 def transforms(image_size):
     """(train, validation) transforms: PIL image or uint8 tensor -> float tensor (3, S, S) in [0, 1], MobileCLIP's scaling."""
-    end = [v2.ToImage(), v2.RGB(), v2.ToDtype(torch.float32, scale=True)]
-    train = v2.Compose([v2.RandomResizedCrop(image_size, scale=(0.6, 1.0), antialias=True), *end])
-    val = v2.Compose([v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size), *end])
+    end = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]  # RGB comes first: it knows PIL's modes
+    train = v2.Compose([v2.RGB(), v2.RandomResizedCrop(image_size, scale=(0.6, 1.0), antialias=True), *end])
+    val = v2.Compose([v2.RGB(), v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size), *end])
     return train, val
 
 
@@ -182,8 +183,8 @@ def get_tokenizer(name, context_length=None):
 def reparameterize(model):
     """A new model in evaluation mode with the same outputs, its foldable branches folded; `model` stays as it is."""
     model = copy.deepcopy(model).eval()
-    if isinstance(model.visual, TimmImage):
-        model.visual.trunk = reparameterize_model(model.visual.trunk)
+    if isinstance(model.visual, TimmImage) and not model.visual.folded:
+        model.visual.trunk, model.visual.folded = reparameterize_model(model.visual.trunk), True
     if isinstance(model.text, HybridText):
         model.text.fold()
     return model

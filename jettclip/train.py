@@ -124,7 +124,7 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=print)
                 row = {"step": step, "seconds": round(elapsed, 1), "loss": loss.item(),
                        **{name: term.item() for name, term in terms.items()}, "scale": model.logit_scale.exp().item()}
                 if validate:
-                    row |= validate(model.eval())
+                    row |= {name: float(value) for name, value in validate(model.eval()).items()}
                 history.append(row)
                 numbers = " ".join(f"{name} {value:.3f}" for name, value in row.items() if name not in ("step", "seconds"))
                 report(f"{folder.name} step {step}/{config.steps} {numbers} | {elapsed:.0f} s, about {left:.0f} s left")

@@ -1,0 +1,225 @@
+"""Every source gives the same table, bad rows are named, and a stored crop shows the same pixels again."""
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from jettclip.data import (COLUMNS, PairDataset, clean_pairs, crop, draw_crops, epoch_batches, in_order,
+                           load_pairs, loader, read_image)
+
+FIVE = ["A dog runs .", "a brown dog", "Two dogs", "The dog jumps over a log.", "A wet dog "]
+
+
+def encoded(image, form="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def jpeg(size=(20, 16), colour=(200, 30, 30)):
+    return encoded(Image.new("RGB", size, colour), "JPEG")
+
+
+# ---- sources
+
+def test_scenes():
+    pairs = load_pairs("scenes", split="val", n=5, seed=3, image_size=32)
+    assert list(pairs.columns) == COLUMNS and len(pairs) == 5 and set(pairs.split) == {"val"}
+    assert pairs.equals(load_pairs("scenes", split="val", n=5, seed=3, image_size=32))
+    assert read_image(pairs.image[0]).shape == (3, 32, 32)
+    captions = [set(load_pairs("scenes", split=split, n=5, seed=seed).long)
+                for seed in (3, 4) for split in ("train", "val", "test")]
+    assert len(set.union(*captions)) == 30
+
+
+@pytest.mark.parametrize("arguments, problem", [
+    ({"source": "scene"}, "data source 'scene' is unknown: did you mean 'scenes'"),
+    ({"source": "flikr8k"}, "did you mean 'flickr8k'"),
+    ({"source": "scenes", "split": "valid"}, "split 'valid' is unknown: did you mean 'val'"),
+    ({"source": "scenes"}, "say how many with n"),
+])
+def test_wrong_source_or_split(arguments, problem):
+    with pytest.raises(ValueError, match=problem):
+        load_pairs(**arguments)
+
+
+@pytest.fixture
+def flickr8k(tmp_path):
+    """Eight images at two sizes, of which the smaller are to be read; -> the folder."""
+    for pixels in (160, 128):
+        rows = [(jpeg((pixels, pixels), (i, 0, 0)), f"{i}.jpg", [f"{i} {five}" for five in FIVE], "train") for i in range(8)]
+        table = pd.DataFrame(rows, columns=["image", "filename", "captions", "split"])
+        table.to_parquet(tmp_path / f"flickr8k_{pixels}px_train.parquet")
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def no_data_folder(monkeypatch):
+    monkeypatch.delenv("JETTCLIP_DATA", raising=False)
+
+
+def test_flickr8k(flickr8k, monkeypatch):
+    pairs = load_pairs("flickr8k", flickr8k)
+    assert list(pairs.columns) == COLUMNS and len(pairs) == 8 and set(pairs.split) == {"train"}
+    assert read_image(pairs.image[0]).shape == (3, 128, 128)
+    assert list(pairs.key) == [f"{i}.jpg" for i in range(8)]
+    sentences = {f"3 {caption}" for caption in ("A dog runs.", "a brown dog.", "Two dogs.", "The dog jumps over a log.", "A wet dog.")}
+    assert {part.strip() + "." for part in pairs.long[3].split(".")[:-1]} == sentences
+    assert pairs.long[3].startswith(pairs.short[3] + ". ") and not pairs.short[3].endswith(".")
+    assert len({short.split(" ", 1)[1] for short in pairs.short}) > 1  # each image has its own order
+
+    monkeypatch.setenv("JETTCLIP_DATA", str(flickr8k))
+    assert load_pairs("flickr8k").equals(pairs) and load_pairs("flickr8k", root="").equals(pairs)
+    assert load_pairs("flickr8k", n=3).equals(pairs.head(3))
+    assert not load_pairs("flickr8k", seed=1).long.equals(pairs.long)
+
+
+def test_flickr8k_missing(flickr8k, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="flickr8k_<size>px_test.parquet .*JETTCLIP_DATA.*columns image"):
+        load_pairs("flickr8k", flickr8k, split="test")
+    monkeypatch.chdir(flickr8k)
+    with pytest.raises(FileNotFoundError, match="JETTCLIP_DATA"):
+        load_pairs("flickr8k")  # files that lie around are not taken for what was asked
+    path = flickr8k / "flickr8k_128px_train.parquet"
+    pd.read_parquet(path).drop(columns="captions").to_parquet(path)
+    with pytest.raises(ValueError, match=r"lacks the column\(s\) captions; it has image, filename, split"):
+        load_pairs("flickr8k", flickr8k)
+
+
+# ---- cleaning
+
+def test_clean_pairs():
+    cases = {
+        "good": (jpeg(), "a long caption", "a caption"),
+        "truncated": (jpeg()[:-100], "a long caption", "a caption"),
+        "zero bytes": (b"", "a long caption", "a caption"),
+        "text": (b"<html>404 not found</html>", "a long caption", "a caption"),
+        "none": (None, "a long caption", "a caption"),
+        "no file": ("there/is/none.jpg", "a long caption", "a caption"),
+        "empty": (jpeg(), "", "a caption"),
+        "full stops": (jpeg(), "a long caption", " . ."),
+        "no caption": (jpeg(), float("nan"), None),
+        "exact": (jpeg(), "dog " * 246, "a caption"),
+        "too long": (jpeg(), "dog " * 247, "a caption"),
+        "short too long": (jpeg(), "a long caption", "dog " * 300),
+    }
+    table = pd.DataFrame([(*row, "train", key) for key, row in cases.items()], columns=COLUMNS)
+    usable, report = clean_pairs(table)
+    assert list(usable.key) == ["good", "exact", "too long", "short too long"] and list(usable.index) == [0, 1, 2, 3]
+    problems = report.groupby("key").problem.apply(list).to_dict()
+    assert {key for key, problem in problems.items() if "unreadable image, left out" in problem[0]} == {
+        "truncated", "zero bytes", "text", "none", "no file"}
+    del problems["truncated"], problems["zero bytes"], problems["text"], problems["none"], problems["no file"]
+    assert problems == {
+        "empty": ["empty long caption, left out"],
+        "full stops": ["empty short caption, left out"],
+        "no caption": ["empty long caption, left out", "empty short caption, left out"],
+        "too long": ["long caption of 249 tokens, truncated to 248"],
+        "short too long": ["short caption of 302 tokens, truncated to 248"],
+    }
+    assert len(PairDataset(usable, 32)) == 4
+    assert clean_pairs(usable.iloc[:1])[1].columns.tolist() == ["key", "problem"]
+
+
+def test_clean_pairs_needs_all_columns(table):
+    with pytest.raises(ValueError, match=r"lacks the column\(s\) short, key; it has image, long, split"):
+        clean_pairs(table.drop(columns=["short", "key"]))
+
+
+# ---- images
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "1"])
+def test_read_image(mode, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    data = encoded(image)
+    expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    assert read_image(data).dtype == torch.uint8 and torch.equal(read_image(data), expected)
+    (tmp_path / "image.png").write_bytes(data)
+    assert torch.equal(read_image(tmp_path / "image.png"), expected)
+    assert torch.equal(read_image(str(tmp_path / "image.png")), expected)
+
+
+def test_read_image_of_16_bits():
+    grey = np.array([[0, 257, 30000, 65535]], dtype=np.uint16)
+    image = read_image(encoded(Image.fromarray(grey)))
+    assert image.dtype == torch.uint8 and image[0].tolist() == image[2].tolist() == [[0, 1, 117, 255]]
+
+
+def test_read_image_stands_upright():
+    image = Image.new("RGB", (20, 10))
+    exif = image.getexif()
+    exif[0x0112] = 6  # orientation: turn by a quarter
+    assert read_image(encoded(image, "JPEG", exif=exif)).shape == (3, 20, 10)
+
+
+# ---- crops
+
+def test_the_default_crop_is_the_whole_image():
+    boxes = draw_crops([(30, 40), (7, 5)], 2, seed=0)
+    assert boxes.shape == (2, 2, 5) and boxes.dtype == np.int16
+    assert boxes[:, 0].tolist() == boxes[:, 1].tolist() == [[0, 0, 30, 40, 0], [0, 0, 7, 5, 0]]
+
+
+def test_crops_lie_inside_the_image():
+    sizes = np.random.default_rng(0).integers(1, 300, (200, 2))
+    boxes = draw_crops(sizes, 3, seed=1, smallest=0.3, flip=True).astype(int)
+    top_left, extent, flips = boxes[..., :2], boxes[..., 2:4], boxes[..., 4]
+    assert (top_left >= 0).all() and (extent >= 1).all()
+    assert (top_left + extent <= sizes[:, None]).all()
+    large = (sizes > 100).all(axis=1)
+    share = extent[large].prod(axis=-1) / sizes[large].prod(axis=-1)[:, None]
+    assert 0.28 < share.min() < 0.4 and 0.9 < share.max() <= 1
+    assert 0.4 < flips.mean() < 0.6 and set(flips.flat) == {0, 1}
+    assert np.array_equal(boxes, draw_crops(sizes, 3, seed=1, smallest=0.3, flip=True))
+    assert not np.array_equal(boxes, draw_crops(sizes, 3, seed=2, smallest=0.3, flip=True))
+
+
+def test_crop_by_hand():
+    image = torch.arange(12, dtype=torch.uint8).view(1, 3, 4).expand(3, 3, 4) * 20
+    seen = crop(image, (1, 2, 2, 2, 0), 2)
+    assert torch.allclose(seen, torch.tensor([[120.0, 140], [200, 220]]).expand(3, 2, 2) / 255)
+    flipped = crop(image, np.array([1, 2, 2, 2, 1], np.int16), 2)
+    assert torch.allclose(flipped, torch.tensor([[140.0, 120], [220, 200]]).expand(3, 2, 2) / 255)
+
+
+def test_dataset(table):
+    boxes = draw_crops([(32, 32)] * len(table), 3, seed=0, smallest=0.5, flip=True)
+    dataset = PairDataset(table, 16, context_length=77, crops=boxes)
+    row, k, image, long, short = dataset[4, 2]
+    assert (row, k) == (4, 2) and dataset.keys[4] == table.key[4]
+    assert torch.equal(image, crop(read_image(table.image[4]), boxes[4, 2], 16))
+    assert long.shape == short.shape == (77,) and long[-1] == 49407  # cut
+    assert torch.equal(long[1:12], short[1:12])  # begins with the same words
+    whole = PairDataset(table, 32)
+    assert torch.allclose(whole[4, 0][2], read_image(table.image[4]) / 255)
+
+
+# ---- batches
+
+def test_epoch_batches():
+    batches = epoch_batches(50, 8, seed=1, epoch=2, crops=3)
+    assert [len(batch) for batch in batches] == [8] * 6
+    pairs = [pair for batch in batches for pair in batch]
+    assert len({row for row, _ in pairs}) == 48 and {row for row, _ in pairs} <= set(range(50))
+    assert {k for _, k in pairs} == {0, 1, 2}
+    torch.manual_seed(5)
+    np.random.seed(5)
+    assert batches == epoch_batches(50, 8, seed=1, epoch=2, crops=3)
+    assert batches != epoch_batches(50, 8, seed=1, epoch=3, crops=3)
+    assert batches != epoch_batches(50, 8, seed=2, epoch=2, crops=3)
+    assert sorted(row for batch in epoch_batches(48, 8, 1, 2) for row, _ in batch) == list(range(48))
+
+
+def test_loader_follows_its_batches(dataset):
+    assert in_order(5, 2, k=1) == [[(0, 1), (1, 1)], [(2, 1), (3, 1)], [(4, 1)]]
+    batches = [[(3, 0), (1, 0)], [(20, 0)]]
+    seen = list(loader(dataset, batches))
+    assert [rows.tolist() for rows, *_ in seen] == [[3, 1], [20]]
+    rows, ks, images, long, short = seen[0]
+    assert ks.tolist() == [0, 0] and images.shape == (2, 3, 32, 32)
+    assert torch.equal(images[1], dataset[1, 0][2])
+    assert torch.equal(long, dataset.long[[3, 1]]) and torch.equal(short, dataset.short[[3, 1]])

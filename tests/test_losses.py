@@ -1,0 +1,294 @@
+"""Losses against the published code's values, exact linear algebra in float64, and batches worked out by hand."""
+import json
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from jettclip.losses import contrastive_loss, distill_loss, primary_components, total_loss
+from jettclip.models import CLIP
+
+GOLDEN = Path(__file__).parent / "golden"
+LOSSES = np.load(GOLDEN / "losses_seed0.npz")
+LONGCLIP = np.load(GOLDEN / "longclip_tiny_seed0.npz")
+
+
+def random_state(name):
+    return np.random.RandomState(zlib.crc32(f"0:{name}".encode()))
+
+
+def drawn(name, *shape):
+    return torch.from_numpy(random_state(name).standard_normal(shape)).float()
+
+
+def golden(name, file=LOSSES):
+    return torch.from_numpy(np.asarray(file[name]))
+
+
+def relative(value, reference):
+    """Length of the difference over length of the reference."""
+    return ((value - reference).norm() / reference.norm()).item()
+
+
+# ---- primary components
+
+def by_svd(features, k):
+    mean = features.mean(dim=0, keepdim=True)
+    u, s, v = torch.linalg.svd(features - mean, full_matrices=False)
+    return mean + (u[:, :k] * s[:k]) @ v[:k]
+
+
+def test_components_agree_with_long_clip():
+    image = F.normalize(golden("image_features", LONGCLIP), dim=1)
+    assert (primary_components(image) - golden("pca32", LONGCLIP)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("rows, width", [(40, 24), (16, 64), (30, 30)])
+def test_components_and_gradient_agree_with_svd(rows, width, dtype, tolerance):
+    exact = F.normalize(drawn("rows", rows, width).double(), dim=1).requires_grad_()
+    weights = drawn("weights", rows, width).double()
+    reference = by_svd(exact, 8)
+    (reference * weights).sum().backward()
+    features = exact.detach().to(dtype).requires_grad_()
+    components = primary_components(features, 8)
+    (components * weights.to(dtype)).sum().backward()
+    assert components.dtype == dtype
+    assert relative(components.detach().double(), reference.detach()) < tolerance
+    assert relative(features.grad.double(), exact.grad) < tolerance
+
+
+DEGENERATE = {
+    "duplicated rows": drawn("rows", 10, 12).repeat(2, 1),
+    "two rows repeated": drawn("rows", 2, 12).repeat(10, 1),
+    "all rows equal": drawn("rows", 1, 12).repeat(20, 1),
+    "rank 3": drawn("rows", 20, 3) @ drawn("other", 3, 12),
+    "zeros": torch.zeros(20, 12),
+    "equal singular values": torch.cat([torch.eye(12), -torch.eye(12)]),
+    "all rows equal, wide": drawn("rows", 1, 50).repeat(20, 1),
+    "rank 3, wide": drawn("rows", 20, 3) @ drawn("other", 3, 50),
+}
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_gradient_stays_finite(name):
+    features = DEGENERATE[name].clone().requires_grad_()
+    components = primary_components(features, 5)
+    (components * drawn("weights", *features.shape)).sum().backward()
+    assert torch.isfinite(components).all() and torch.isfinite(features.grad).all()
+    if name not in ("equal singular values", "duplicated rows"):  # rank below 5: nothing is left out
+        assert torch.allclose(components, features, atol=1e-5)
+        assert features.grad.norm() < 1e3
+
+
+@pytest.mark.parametrize("rows, width", [(5, 20), (6, 20), (3, 20), (1, 20), (20, 5), (20, 4)])
+def test_few_rows_or_columns_come_back_unchanged(rows, width):
+    features = drawn("rows", rows, width).requires_grad_()
+    components = primary_components(features, 5)
+    assert torch.equal(components, features)
+    components.sum().backward()
+    assert torch.equal(features.grad, torch.ones_like(features))
+
+
+def test_components_of_half_precision():
+    features = F.normalize(drawn("rows", 20, 12), dim=1)
+    half = primary_components(features.half(), 5)
+    assert half.dtype == torch.float16
+    assert torch.allclose(half.float(), primary_components(features, 5), atol=2e-3)
+
+
+# ---- contrastive
+
+def test_contrastive_by_hand():
+    """Cosines [[1, 0], [0.6, 0.8]] times 5."""
+    image, text = torch.tensor([[2.0, 0.0], [0.6, 0.8]]), torch.tensor([[7.0, 0.0], [0.0, 0.1]])
+    by_rows = (math.log(1 + math.exp(0 - 5)) + math.log(1 + math.exp(3 - 4))) / 2
+    by_columns = (math.log(1 + math.exp(3 - 5)) + math.log(1 + math.exp(0 - 4))) / 2
+    assert contrastive_loss(image, text, 5.0).item() == pytest.approx((by_rows + by_columns) / 2)
+
+
+def test_label_smoothing_by_hand():
+    """Of two classes the right one weighs 1 - 0.1 / 2, the wrong one 0.1 / 2."""
+    image = text = torch.eye(2)
+    expected = math.log(1 + math.exp(-3)) + 0.05 * 3
+    assert contrastive_loss(image, text, 3.0, label_smoothing=0.1).item() == pytest.approx(expected)
+
+
+def test_contrastive_agrees_with_published_code():
+    loss = contrastive_loss(drawn("s_img", 24, 32), drawn("s_txt", 24, 32), 1 / 0.07, label_smoothing=0.1)
+    assert loss.item() == pytest.approx(golden("jett/CRD/contrastive").item(), abs=1e-5)
+    loss = contrastive_loss(drawn("s_img", 24, 32), drawn("s_txt", 24, 32), 1 / 0.07)
+    assert loss.item() == pytest.approx(golden("clipkd/same/task").item(), abs=1e-5)
+
+
+# ---- distillation
+
+STUDENT = drawn("s_img", 24, 32), drawn("s_txt", 24, 32)
+TEACHER = tuple(F.normalize(drawn(name, 24, 32), dim=1) for name in ("t_img_same", "t_txt_same"))
+SCALES = {"student_scale": 1 / 0.07, "teacher_scale": 100.0}
+
+
+@pytest.mark.parametrize("method", ["crd", "fd"])
+def test_distillation_agrees_with_clip_kd(method):
+    image = STUDENT[0].clone().requires_grad_()
+    loss = distill_loss(method, image, STUDENT[1], *TEACHER, **SCALES)
+    loss.backward()
+    assert loss.item() == pytest.approx(golden(f"clipkd/same/{method}").item(), abs=1e-5)
+    assert relative(image.grad, golden(f"clipkd/same/{method}/grad_s_img")) < 1e-4
+
+
+@pytest.mark.parametrize("name, method, factor", [("CRD", "crd", 1), ("FD", "fd", 16)])
+def test_total_agrees_with_the_first_jettclip(name, method, factor):
+    """Its FD is half the summed squares, here it is their mean: 32 / 2 times smaller."""
+    image = STUDENT[0].clone().requires_grad_()
+    _, terms = total_loss((image, STUDENT[1], None), (*TEACHER, None), 1 / 0.07, method=method, pairs="long",
+                          weights=(1, 0, factor, 0))
+    terms["distill_long"].backward()
+    assert terms["contrastive_long"].item() == pytest.approx(golden(f"jett/{name}/contrastive").item(), abs=1e-5)
+    assert terms["distill_long"].item() == pytest.approx(golden(f"jett/{name}/distill").item(), abs=1e-5)
+    assert relative(image.grad, golden(f"jett/{name}/grad_s_img")) < 1e-4
+
+
+def test_sum_of_methods():
+    fd, crd = (distill_loss(method, *STUDENT, *TEACHER, **SCALES) for method in ("fd", "crd"))
+    assert torch.allclose(distill_loss("crd+fd", *STUDENT, *TEACHER, **SCALES), crd + fd)
+    weighted = distill_loss("fd+crd", *STUDENT, *TEACHER, **SCALES, weights={"fd": 10.0, "crd": 0.5})
+    assert torch.allclose(weighted, 0.5 * crd + 10 * fd)
+    assert distill_loss("none", *STUDENT, *TEACHER, **SCALES) == 0
+
+
+@pytest.mark.parametrize("method, nearest", [("crdd", "'crd'"), ("crd+df", "'fd'"), ("non", "'none'")])
+def test_unknown_method(method, nearest):
+    with pytest.raises(ValueError, match=f"distillation method .* did you mean {nearest}"):
+        distill_loss(method, *STUDENT, *TEACHER, **SCALES)
+
+
+@pytest.mark.parametrize("method", ["fd", "crd", "crd+fd"])
+def test_a_perfect_student_has_no_distillation_loss(method):
+    """At equal scales, whatever the lengths of its features."""
+    image, text = (3 * f for f in TEACHER)
+    image.requires_grad_()
+    loss = distill_loss(method, image, text, *TEACHER, student_scale=50.0, teacher_scale=50.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6) and image.grad.abs().max() < 1e-5
+
+
+# ---- total
+
+LONG_AND_SHORT = *STUDENT, drawn("s_short", 24, 32)
+TAUGHT = *TEACHER, F.normalize(drawn("t_short", 24, 32), dim=1)
+
+
+def test_total_by_its_terms():
+    loss, terms = total_loss(LONG_AND_SHORT, TAUGHT, 10.0, method="crd+fd", weights=(0.8, 0.4, 1.5, 0.5), components=6,
+                             label_smoothing=0.1, teacher_scale=30.0, method_weights={"fd": 20.0})
+    image, long, short = LONG_AND_SHORT
+    components, taught_components = primary_components(F.normalize(image, dim=1), 6), primary_components(TAUGHT[0], 6)
+    scales = {"student_scale": 10.0, "teacher_scale": 30.0, "weights": {"fd": 20.0}}
+    expected = {
+        "contrastive_long": 0.8 * contrastive_loss(image, long, 10.0, 0.1),
+        "contrastive_short": 0.4 * contrastive_loss(components, short, 10.0, 0.1),
+        "distill_long": 1.5 * distill_loss("crd+fd", image, long, *TAUGHT[:2], **scales),
+        "distill_short": 0.5 * distill_loss("crd+fd", components, short, taught_components, TAUGHT[2], **scales),
+    }
+    assert terms.keys() == expected.keys()
+    for name, term in terms.items():
+        assert term.item() == pytest.approx(expected[name].item(), rel=1e-3)  # of components: normalised or not
+    assert loss.item() == pytest.approx(sum(term.item() for term in terms.values()), rel=1e-6)
+
+
+@pytest.mark.parametrize("settings, names", [
+    ({"method": "none"}, ["contrastive_long", "contrastive_short"]),
+    ({"method": "none", "weights": (1, 0, 0, 0)}, ["contrastive_long"]),
+    ({"method": "crd", "pairs": "long"}, ["contrastive_long", "contrastive_short", "distill_long"]),
+    ({"method": "crd", "pairs": "long", "weights": (1, 0, 1, 1)}, ["contrastive_long", "distill_long"]),
+    ({"method": "fd", "pairs": "both", "weights": (1, 0, 1, 1)}, ["contrastive_long", "distill_long", "distill_short"]),
+])
+def test_which_terms_there_are(settings, names):
+    loss, terms = total_loss(LONG_AND_SHORT, TAUGHT, 10.0, components=6, **settings)
+    assert list(terms) == names and torch.isfinite(loss)
+
+
+def test_a_perfect_student_has_only_contrastive_loss():
+    _, terms = total_loss(TAUGHT, TAUGHT, 40.0, method="crd+fd", components=6, teacher_scale=40.0)
+    assert terms["distill_long"].item() == pytest.approx(0, abs=1e-6)
+    assert terms["distill_short"].item() == pytest.approx(0, abs=1e-6)
+    assert terms["contrastive_short"] > 0.1
+
+
+# ---- a Long-CLIP model from weights to gradients
+
+def golden_weight(key, shape):
+    """The value that tensor `key` had when the golden outputs were recorded: it follows from its name."""
+    z = random_state(key).standard_normal(shape)
+    if key == "logit_scale":
+        z = math.log(1 / 0.07)
+    elif "embedding" in key:
+        z = 0.02 * z
+    elif len(shape) == 1:
+        z = 1 + 0.1 * z if key.endswith("weight") else 0.02 * z
+    else:
+        z = z / math.sqrt(np.prod(shape[1:]))
+    return torch.tensor(z, dtype=torch.float32)
+
+
+def golden_tokens(name, shortest, longest):
+    random = random_state(name)
+    tokens = torch.zeros(40, 248, dtype=torch.long)
+    for row in tokens:
+        length = random.randint(shortest, longest)
+        row[0], row[length - 1] = 49406, 49407
+        row[1:length - 1] = torch.from_numpy(random.randint(1, 49000, length - 2))
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def longclip():
+    """A small Long-CLIP of known weights and its features of 40 images, long and short captions."""
+    model = CLIP({
+        "embed_dim": 48,
+        "vision_cfg": {"image_size": 64, "patch_size": 16, "width": 128, "heads": 2, "layers": 2},
+        "text_cfg": {"tower": "longclip", "context_length": 248, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 3},
+    })
+    shapes = json.loads((GOLDEN / "longclip_tiny.keys.json").read_text())
+    state = {key: golden_weight(key, shape) for key, shape in shapes.items()}
+    stretched = state.pop("positional_embedding_res")
+    state["positional_embedding"] = torch.cat([state["positional_embedding"][:20], stretched[20:]])
+    model.load_state_dict({key if key.startswith(("visual.", "logit_scale")) else f"text.{key}": value
+                           for key, value in state.items()})
+    image = drawn("image", 40, 3, 64, 64)
+    return model, (model.encode_image(image), model.encode_text(golden_tokens("long", 30, 249)),
+                   model.encode_text(golden_tokens("short", 6, 24)))
+
+
+def test_longclip_features(longclip):
+    for name, features in zip(("image", "long", "short"), longclip[1]):
+        reference = golden(f"{name}_features", LONGCLIP)
+        assert F.cosine_similarity(features, reference).min() > 0.99999
+        assert relative(features.detach(), reference) < 1e-5
+
+
+def test_longclip_losses(longclip):
+    model, features = longclip
+    _, terms = total_loss(features, None, model.logit_scale.exp(), weights=(1, 1, 0, 0))
+    assert terms["contrastive_long"].item() == pytest.approx(LONGCLIP["loss_long"].item(), abs=1e-5)
+    # Long-CLIP leaves the rebuilt features as long as they are (0.99 to 1.01); here they are normalised.
+    assert terms["contrastive_short"].item() == pytest.approx(LONGCLIP["loss_short"].item(), abs=1e-3)
+
+
+def test_longclip_gradients(longclip):
+    """Of the published loss, through all towers and the primary components."""
+    model, (image, long, short) = longclip
+    scale, target = model.logit_scale.exp(), torch.arange(40)
+    components = primary_components(F.normalize(image, dim=1))
+    logits = scale * components @ F.normalize(short, dim=1).T
+    loss_short = sum(F.cross_entropy(one, target, label_smoothing=0.1) for one in (logits, logits.T)) / 2
+    assert loss_short.item() == pytest.approx(LONGCLIP["loss_short"].item(), abs=1e-5)
+    (contrastive_loss(image, long, scale, 0.1) + loss_short).backward()
+    for name, parameter in (("text_projection", model.text.text_projection), ("visual_proj", model.visual.proj),
+                            ("logit_scale", model.logit_scale)):
+        assert relative(parameter.grad, golden(f"grad_{name}", LONGCLIP)) < 1e-4

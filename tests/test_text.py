@@ -1,0 +1,210 @@
+"""A text tower reads a caption's real tokens and nothing else; stretching and folding keep what they promise."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import randomise
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from open_clip.transformer import QuickGELU, TextTransformer
+
+from jettclip.text import (CausalText, HybridText, RepMixerBlock, TokenBatchNorm, in_length_groups,
+                           stretch_positions, tokenizer)
+
+GOLDEN = Path(__file__).parent / "golden"
+TOKENIZE = tokenizer()
+CAUSAL = {"context_length": 248, "vocab_size": 100, "width": 32, "heads": 2, "layers": 2, "output_dim": 8,
+          "act_layer": QuickGELU}
+END = 99
+
+
+def captions(lengths, seed=0, context=248):
+    """Random captions of `lengths` tokens: (B, context), the end token (the highest id) last, zeros after it."""
+    random = np.random.default_rng(seed)
+    tokens = torch.zeros(len(lengths), context, dtype=torch.long)
+    for row, length in zip(tokens, lengths):
+        row[:length - 1] = torch.from_numpy(random.integers(1, END, length - 1))
+        row[length - 1] = END
+    return tokens
+
+
+def hybrid(mask_padding=True):
+    torch.manual_seed(0)
+    return randomise(HybridText(vocab_size=100, width=16, heads=2, layers=2, output_dim=8, mask_padding=mask_padding))
+
+
+def causal():
+    torch.manual_seed(0)
+    return CausalText(**CAUSAL).eval()
+
+
+def encode(tower, tokens):
+    with torch.inference_mode():
+        return F.normalize(tower(tokens), dim=1)
+
+
+def largest(difference):
+    return difference.abs().max().item()
+
+
+# ---- positions
+
+def test_stretching_agrees_with_long_clip():
+    golden = np.load(GOLDEN / "losses_seed0.npz")
+    stretched = stretch_positions(torch.from_numpy(golden["stretch/in"]))
+    assert stretched.shape == (248, 16)
+    assert largest(stretched - torch.from_numpy(golden["stretch/longclip"])) < 1e-6
+
+
+@pytest.mark.parametrize("mode, kept, last", [("longclip", 20, 76.75), ("exact", 19, 76.0)])
+def test_a_line_stays_a_line(mode, kept, last):
+    """Where the table counts 0, 1, 2, ... it goes on counting, in quarters."""
+    table = torch.arange(77.0)[:, None] * torch.tensor([1.0, -2.0])
+    stretched = stretch_positions(table, mode=mode)
+    assert torch.equal(stretched[:kept], table[:kept])
+    quarters = kept + torch.arange(248.0 - kept) / 4
+    assert torch.allclose(stretched[kept:], quarters[:, None] * torch.tensor([1.0, -2.0]))
+    assert stretched[-1, 0] == last
+
+
+def test_exact_stretching_passes_through_the_old_rows():
+    table = torch.randn(77, 5, generator=torch.Generator().manual_seed(0))
+    stretched = stretch_positions(table, mode="exact")
+    assert torch.equal(stretched[:19], table[:19]) and torch.equal(stretched[19::4], table[19:])
+    assert torch.allclose(stretched[20], 0.75 * table[19] + 0.25 * table[20])
+
+
+@pytest.mark.parametrize("arguments, problem", [
+    ({"mode": "linear"}, "'linear' is unknown: use 'longclip' or 'exact'"),
+    ({"length": 250}, "230 is not a multiple of 57"),
+    ({"keep": 0}, "cannot stretch 77"), ({"keep": 77}, "cannot stretch 77"),
+])
+def test_impossible_stretching(arguments, problem):
+    with pytest.raises(ValueError, match=problem):
+        stretch_positions(torch.zeros(77, 4), **arguments)
+
+
+# ---- tokens
+
+@pytest.mark.parametrize("context", [77, 248])
+def test_truncation_keeps_the_end_token(context):
+    words = "the small red ring and a blue star " * 60
+    whole, cut = tokenizer(1000)(words)[0], tokenizer(context)(words)[0]
+    assert len(cut) == context and cut[-1] == 49407
+    assert torch.equal(cut[:-1], whole[:context - 1])
+
+
+@given(texts=st.lists(st.text(max_size=600), min_size=1, max_size=3))
+@example(texts=["", "!", "words <end_of_text> more words", "\x00", "ß 漢字 🙂" * 100])
+@settings(max_examples=100, deadline=None)
+def test_any_text_becomes_tokens(texts):
+    tokens = TOKENIZE(texts)
+    assert tokens.shape == (len(texts), 248) and tokens.dtype == torch.long
+    assert (tokens[:, 0] == 49406).all()
+    for row in tokens:
+        last = (row == 49407).nonzero().max()
+        assert row.max() == 49407 and not row[last + 1:].any()
+
+
+# ---- towers
+
+@pytest.mark.parametrize("make", [hybrid, causal])
+def test_features_do_not_depend_on_padding_or_batch_mates(make):
+    tower = make()
+    lengths = [3, 248, 4, 77, 78, 247, *np.random.default_rng(1).integers(3, 249, 34)]
+    tokens = captions(lengths)
+    together = encode(tower, tokens)
+    alone = torch.cat([encode(tower, tokens[i:i + 1]) for i in range(len(tokens))])
+    unpadded = torch.cat([encode(tower, tokens[i:i + 1, :length]) for i, length in enumerate(lengths)])
+    reversed_ = encode(tower, tokens.flip(0)).flip(0)
+    for other in (alone, unpadded, reversed_):
+        assert largest(together - other) < 1e-6
+    assert largest(together[0] - together[2]) > 0.01  # features do differ
+
+
+def test_causal_tower_agrees_with_open_clip():
+    tower, reference = causal(), TextTransformer(**CAUSAL).eval()
+    reference.load_state_dict(tower.state_dict())
+    tokens = captions([3, 248, 20, 100, 77])
+    assert largest(encode(tower, tokens) - encode(reference, tokens)) < 1e-6
+
+
+def test_stretched_tower_uses_the_full_context():
+    """It attends to padding: a caption without any is read as by the masked tower, a padded one is not."""
+    masked, stretched = hybrid(), hybrid(mask_padding=False)
+    stretched.load_state_dict(masked.state_dict())
+    full, padded = captions([248, 248]), captions([20, 100])
+    assert largest(encode(masked, full) - encode(stretched, full)) < 1e-6
+    assert largest(encode(masked, padded) - encode(stretched, padded)) > 1e-3
+    assert largest(encode(stretched, padded[:, :100]) - encode(stretched, padded)) < 1e-6
+    before = encode(masked, padded), encode(stretched, padded)
+    for tower in (masked, stretched):
+        tower.token_embedding.weight.data[0] += 1  # id 0 is padding
+    assert torch.equal(encode(masked, padded), before[0])
+    assert largest(encode(stretched, padded) - before[1]) > 1e-3
+
+
+@pytest.mark.parametrize("make", [hybrid, causal])
+def test_too_many_tokens(make):
+    for tokens in (torch.ones(2, 249, dtype=torch.long), torch.ones(5, dtype=torch.long)):
+        with pytest.raises(ValueError, match="up to 248"):
+            make()(tokens)
+
+
+def test_length_groups_keep_the_order():
+    tokens = captions([9, 3, 6, 3, 5, 8, 7])
+    widths = []
+
+    def lengths_and_first_ids(part):
+        widths.append(part.shape[1])
+        return torch.stack([part.argmax(dim=1) + 1, part[:, 0]], dim=1)
+
+    features = in_length_groups(lengths_and_first_ids, tokens, rows=2)
+    assert features[:, 0].tolist() == [9, 3, 6, 3, 5, 8, 7]
+    assert torch.equal(features[:, 1], tokens[:, 0])
+    assert widths == [3, 6, 8, 9]
+
+
+# ---- batch norm over tokens, and folding
+
+def test_batch_norm_sees_real_tokens_only():
+    torch.manual_seed(0)
+    norm, reference = TokenBatchNorm(6), torch.nn.BatchNorm1d(6)
+    x = torch.randn(3, 5, 6)
+    mask = torch.arange(5) < torch.tensor([[2], [5], [3]])
+    x[~mask] = 1000
+    y = norm(x, mask)
+    assert torch.allclose(y[mask], reference(x[mask])) and not y[~mask].any()
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(getattr(norm, name), getattr(reference, name))
+    assert torch.allclose(norm.eval()(x, mask)[mask], reference.eval()(x[mask]))
+
+
+@pytest.mark.parametrize("mask_padding", [True, False])
+def test_folding_keeps_the_outputs(mask_padding):
+    tower = hybrid(mask_padding)
+    tokens = captions([3, 248, 60, 20])
+    before = encode(tower, tokens)
+    parameters = sum(p.numel() for p in tower.parameters())
+    tower.fold()
+    folded = encode(tower, tokens)
+    assert largest(before - folded) < 1e-5
+    assert sum(p.numel() for p in tower.parameters()) < parameters
+    assert not any(isinstance(module, TokenBatchNorm) for module in tower.modules())
+    tower.fold()
+    assert torch.equal(encode(tower, tokens), folded)
+
+
+def test_training_branches_follow_the_equation():
+    """x + s (BN(x) + BN(conv(x)) - BN(x)), with the three norms apart."""
+    block = RepMixerBlock(8, kernel_size=3)
+    randomise(block)
+    x = torch.randn(2, 7, 8)
+    conv = F.conv1d(x.transpose(1, 2), block.conv.weight, padding=1, groups=8).transpose(1, 2)
+    skip, mixed, norm = (F.batch_norm(y.flatten(0, 1), n.running_mean, n.running_var, n.weight, n.bias).view_as(x)
+                         for y, n in ((x, block.skip_norm), (conv, block.conv_norm), (x, block.norm)))
+    block.fc2.weight.data.zero_()
+    block.fc2.bias.data.zero_()
+    assert torch.allclose(block(x), x + block.mixer_scale * (skip + mixed - norm), atol=1e-5)
