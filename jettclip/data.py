@@ -45,7 +45,7 @@ def _flickr8k(root, split, n, seed, image_size):
                    key=lambda f: int(f.name.split("_")[1].removesuffix("px")))
     if not files:
         raise FileNotFoundError(
-            f"no flickr8k_<size>px_{split}.parquet in {str(root or "")!r}: set the parameter data_root or the environment "
+            f"no flickr8k_<size>px_{split}.parquet in {str(root or '')!r}: set the parameter data_root or the environment "
             "variable JETTCLIP_DATA to the folder that holds Flickr8k (Hodosh et al., 2013) as Parquet files with the "
             "columns image (JPEG bytes), filename, captions (list of 5), split")
     table = pd.read_parquet(files[0])  # the smallest size

@@ -1,13 +1,13 @@
 """Procedural scenes with long captions: a data set drawn on the spot, without a download.
 
 A scene is 5 to 8 objects on a plain ground, each in its own cell of a 3 x 3 grid, and follows from
-(seed, index) alone. Its caption is a short summary, which is the short caption and fits several
-scenes, then one sentence per object in random order. `caption(scene(0, 31))` has 87 CLIP tokens:
+(seed, index) alone. Its caption is a short summary, which is the short caption and names two objects, then one
+sentence per object in random order. `caption(scene(0, 31))` has 94 CLIP tokens:
 
-    Five shapes on a grey ground, among them a large purple circle and a heart. At the top right
-    there is a striped diamond, small and yellow. The heart at the top centre is large, purple and
-    striped. The cross at the bottom left is small, black and striped. At the top left there is a
-    dotted circle, large and purple. At the middle left there is a checked square, small and purple.
+    Five shapes on a grey ground, with a green circle at the top left and a red circle at the bottom right. Looking
+    closely, the bottom centre holds a small dotted red cross. One sees at the bottom left a small plain yellow
+    circle. Looking closely, the top right holds a small striped yellow triangle. Then there is, at the top left, a
+    large dotted green circle. Then there is, at the bottom right, a large dotted red circle.
 
 Every word and every punctuation mark is one CLIP token, so positions are known without a tokenizer.
 """
@@ -27,7 +27,7 @@ GROUNDS = {
     "lilac": (206, 194, 228), "pale green": (186, 222, 184), "brown": (142, 112, 88),
 }
 WHITE, DARK = (255, 255, 255), (50, 25, 15)
-# Colour name -> RGB of the object and RGB of the marks (stripes, dots, checks) on it.
+# Colour name -> RGB of the object and RGB of the marks (stripes, dots) on it.
 COLOURS = {
     "red": ((215, 25, 30), WHITE), "yellow": ((255, 232, 30), DARK), "green": ((0, 135, 50), WHITE),
     "blue": ((30, 70, 225), WHITE), "purple": ((125, 30, 150), WHITE), "black": ((20, 20, 20), WHITE),
@@ -55,7 +55,7 @@ SENTENCES = (
     "one sees at the {place} a {size} {pattern} {colour} {shape}.",
     "looking closely, the {place} holds a {size} {pattern} {colour} {shape}.",
     "then there is, at the {place}, a {size} {pattern} {colour} {shape}.",
-    "whoever turns to the {place} will find a {size} {pattern} {colour} {shape} on the plain ground.",
+    "whoever turns to the {place} will find a {size} {pattern} {colour} {shape} lying on the ground.",
     "the picture also shows, at the {place}, a {size} {pattern} {colour} {shape}, which nothing else touches.",
     "it is just as easy to see that the {place} holds a {size} {pattern} {colour} {shape} and nothing else.",
 )
@@ -122,16 +122,12 @@ def _shape_mask(shape: str, width: int) -> Image.Image:
     def polygon(*corners):
         pen.polygon([(x * (width - 1), y * (width - 1)) for x, y in corners], fill=255)
 
-    if shape in ("circle", "ring"):
+    if shape == "circle":
         ellipse(0, 0, 1, 1)
-        if shape == "ring":
-            ellipse(0.3, 0.3, 0.7, 0.7, fill=0)
     elif shape == "square":
         polygon((0.06, 0.06), (0.94, 0.06), (0.94, 0.94), (0.06, 0.94))
     elif shape == "triangle":
         polygon((0.5, 0), (1, 0.95), (0, 0.95))
-    elif shape == "diamond":
-        polygon((0.5, 0), (0.92, 0.5), (0.5, 1), (0.08, 0.5))
     elif shape == "cross":
         polygon((0.32, 0), (0.68, 0), (0.68, 1), (0.32, 1))
         polygon((0, 0.32), (1, 0.32), (1, 0.68), (0, 0.68))
@@ -158,8 +154,6 @@ def _mark_mask(shape: str, pattern: str, width: int, cell: float) -> Image.Image
     elif pattern == "striped":
         slant = 0.8 * (x + y)
         marks = np.abs(slant - np.round(slant)) > 0.28
-    elif pattern == "checked":
-        marks = (np.floor(2 * x) + np.floor(2 * y)) % 2 == 0
     else:  # dotted
         marks = np.hypot(x - np.round(x), y - np.round(y)) < 0.29
     # The marks leave a rim of the object's colour, which keeps its outline.
