@@ -157,7 +157,8 @@ def epoch_batches(n, batch_size, seed, epoch, crops=1):
 
 def loader(dataset, batches):
     """Iterate over `batches` of (row, crop): rows (B,), crops (B,), images (B, 3, S, S), long and short tokens (B, L)."""
-    return DataLoader(dataset, batch_sampler=batches)
+    # Its own generator: a DataLoader draws from the global one otherwise, and a resumed run would draw once more.
+    return DataLoader(dataset, batch_sampler=batches, generator=torch.Generator())
 
 
 def in_order(n, batch_size, k=0):

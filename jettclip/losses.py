@@ -1,4 +1,4 @@
-"""Losses: pure functions of features. Every function normalises the features it is given.
+"""Losses: pure functions of features. Every loss normalises the features it is given.
 
 `contrastive_loss` is CLIP's, `primary_components` and the two-caption total are Long-CLIP's (Zhang et al., ECCV 2024),
 the distillation methods carry CLIP-KD's names (Yang et al., CVPR 2024).
@@ -11,7 +11,11 @@ from .models import nearest
 
 def contrastive_loss(image, text, scale, label_smoothing=0.0):
     """CLIP's symmetric cross-entropy: features (B, d) twice, `scale` the factor of the cosines -> scalar."""
-    logits = scale * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T  # (B, d) -> (B, B)
+    return _both_ways(scale * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T, label_smoothing)  # (B, d) -> (B, B)
+
+
+def _both_ways(logits, label_smoothing):
+    """Cross-entropy of the rows and of the columns of (B, B), the diagonal being right -> scalar."""
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target, label_smoothing=label_smoothing)
             + F.cross_entropy(logits.T, target, label_smoothing=label_smoothing)) / 2
@@ -54,8 +58,9 @@ def primary_components(features, k=32):
     """Long-CLIP's primary components (section 3.3): (B, d) -> (B, d), rebuilt from the mean and k principal directions.
 
     The directions are those of this very batch; a batch of k + 1 rows or fewer (or of rank k) comes back unchanged.
+    So does one with NaN, which has no directions: the loss is NaN then, and whoever computes it can say where.
     """
-    if min(features.shape) <= k or len(features) == k + 1:
+    if min(features.shape) <= k or len(features) == k + 1 or not torch.isfinite(features).all():
         return features
     x = features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
     mean = x.mean(dim=0, keepdim=True)
@@ -112,11 +117,12 @@ def total_loss(student, teacher, scale, *, method="none", pairs="both", weights=
     if a_short or method != "none" and pairs == "both":
         image_short = primary_components(F.normalize(image, dim=1), components)
     if a_short:
-        terms["contrastive_short"] = a_short * contrastive_loss(image_short, short, scale, label_smoothing)
+        logits = scale * image_short @ F.normalize(short, dim=1).T  # rebuilt features keep their length, as in Long-CLIP
+        terms["contrastive_short"] = a_short * _both_ways(logits, label_smoothing)
     if method != "none":
         scales = {"student_scale": scale, "teacher_scale": teacher_scale, "weights": method_weights}
         terms["distill_long"] = d_long * distill_loss(method, image, long, teacher[0], teacher[1], **scales)
         if pairs == "both":
-            teacher_short = primary_components(teacher[0], components)
+            teacher_short = primary_components(F.normalize(teacher[0], dim=1), components)
             terms["distill_short"] = d_short * distill_loss(method, image_short, short, teacher_short, teacher[2], **scales)
     return sum(terms.values()), terms

@@ -11,7 +11,6 @@ import math
 import timm
 import torch
 import torch.nn.functional as F
-from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import QuickGELU, VisionTransformer
 from timm.utils import reparameterize_model
 from torch import nn
@@ -26,15 +25,16 @@ MODELS = {
     "JettCLIP-T": {
         "embed_dim": 128,
         "vision_cfg": {"image_size": 64, "timm_model_name": "fastvit_mci0", "layers": [1, 1, 2, 1],
-                       "embed_dims": [32, 64, 128, 256], "layer_scale_init_value": 0.3},
+                       "embed_dims": [24, 48, 96, 192], "layer_scale_init_value": 0.3},
         "text_cfg": {"tower": "length_aware", "context_length": 248, "vocab_size": 49408, "width": 96, "heads": 3,
                      "layers": 2},
     },
-    # OpenAI CLIP's towers, small: its ResNet with attention pooling (from scratch it learns from thousands of images,
-    # where a vision transformer wants millions) and its causal text transformer
+    # the miniature teacher: Long-CLIP's causal text transformer under a convolutional image tower, because from
+    # scratch a vision transformer learns next to nothing from thousands of images
     "LongCLIP-T": {
         "embed_dim": 128,
-        "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 32, "heads": 8},
+        "vision_cfg": {"image_size": 64, "timm_model_name": "fastvit_mci0", "layers": [1, 1, 2, 1],
+                       "embed_dims": [32, 64, 128, 256], "layer_scale_init_value": 0.3},
         "text_cfg": {"tower": "longclip", "context_length": 248, "vocab_size": 49408, "width": 128, "heads": 4,
                      "layers": 3},
     },
@@ -91,8 +91,6 @@ def image_tower(config):
     vision = config["vision_cfg"]
     if "timm_model_name" in vision:
         return TimmImage(config["embed_dim"], **vision)
-    if isinstance(vision["layers"], list):
-        return ModifiedResNet(output_dim=config["embed_dim"], **vision)
     return VisionTransformer(mlp_ratio=4, output_dim=config["embed_dim"], act_layer=QuickGELU, **vision)
 
 

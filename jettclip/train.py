@@ -54,7 +54,7 @@ def learning_rate(step, config):
 
 def optimizer_of(model, config):
     """AdamW; norms, biases, scales and positions carry no weight decay."""
-    plain = {name for name, p in model.named_parameters() if p.ndim < 2 or "positional" in name}
+    plain = {name for name, p in model.named_parameters() if p.ndim < 2 or "positional" in name or "layer_scale" in name}
     groups = [{"params": [p for name, p in model.named_parameters() if (name in plain) == is_plain],
                "weight_decay": 0.0 if is_plain else config.weight_decay} for is_plain in (False, True)]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6)

@@ -1,0 +1,226 @@
+"""A killed run ends with the weights of one that was not, and what cannot be trained is refused before any step."""
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_model
+
+from jettclip import create_model
+from jettclip.data import PairDataset, draw_crops
+from jettclip.features import FeatureCache
+from jettclip.scenes import make_pairs
+from jettclip.train import Config, fit, learning_rate, optimizer_of
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = {"steps": 8, "batch_size": 6, "warmup": 2, "save_every": 2, "eval_every": 3, "components": 4}
+
+
+def make_data(folder):
+    """20 pairs with two crops each (3 batches of 6 in an epoch), and a teacher's features of them."""
+    table = make_pairs(20, seed=1, size=32)
+    crops = draw_crops([(32, 32)] * 20, 2, seed=0, smallest=0.5, flip=True)
+    dataset = PairDataset(table, 32, crops=crops)
+    return dataset, FeatureCache.build(folder, tiny_model(seed=1), "t", table, dataset, report=lambda line: None)
+
+
+def run(folder, data, method="crd+fd", report=lambda line: None, validate=None, model=None, **changes):
+    dataset, cache = data
+    config = Config(**{**SETTINGS, "method": method, **changes})
+    return fit(model or tiny_model(), config, dataset, folder, cache, validate, report)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """The folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("runs") / "student"
+    run(folder, data)
+    return folder
+
+
+def weights(folder):
+    return (folder / "student/open_clip_model.safetensors").read_bytes()
+
+
+def history(folder):
+    return pd.read_csv(folder / "history.csv").drop(columns="seconds")
+
+
+# ---- resume
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from test_train import make_data, run
+
+def report(line):
+    print(line, flush=True)
+    if "step 6/8" in line:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+run(sys.argv[1], make_data(sys.argv[2]), report=report)
+"""
+
+
+def test_killed_run_ends_with_the_same_weights(finished, data, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    folder = tmp_path / "student"
+    killed = subprocess.run([sys.executable, "-c", KILLED, folder, tmp_path / "cache"], env=environment,
+                            capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [line.split(" contrastive")[0].split(" loss")[0] for line in killed.stdout.splitlines()] == [
+        "student step 3/8", "student step 6/8"]
+    assert not (folder / "student").exists()  # step 6 was reported and not yet saved; step 4 was
+
+    lines = []
+    run(folder, data, report=lines.append)
+    assert [line.split(" loss")[0] for line in lines] == [
+        "resumed student at step 4 of 8", "student step 6/8", "student step 8/8"]
+    assert weights(folder) == weights(finished)
+    assert history(folder).equals(history(finished)) and history(folder).step.tolist() == [3, 6, 8]
+
+
+def test_random_numbers_go_on_where_they_were(data, tmp_path):
+    """A model with dropout, interrupted in the middle of an epoch."""
+    def with_dropout():
+        model = tiny_model()
+        model.text.register_forward_hook(lambda module, tokens, out: F.dropout(out, 0.5, module.training))
+        return model
+
+    def stop(line):
+        if "step 6/8" in line:
+            raise KeyboardInterrupt
+
+    run(tmp_path / "whole", data, model=with_dropout())
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", data, model=with_dropout(), report=stop)
+    run(tmp_path / "parts", data, model=with_dropout())
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_a_finished_run_is_not_trained_again(data, tmp_path):
+    run(tmp_path, data, steps=2)
+    before, lines = weights(tmp_path), []
+    (tmp_path / "student/open_clip_model.safetensors").unlink()  # as if killed before it was written
+    model = run(tmp_path, data, steps=2, report=lines.append)
+    assert lines == [f"resumed {tmp_path.name} at step 2 of 2"]
+    assert weights(tmp_path) == before and not model.training
+
+
+def test_numbers_of_numpy_can_be_resumed(data, tmp_path):
+    """`evaluate` returns numpy's numbers; a checkpoint that held them could not be loaded."""
+    def validate(model):
+        assert not model.training
+        return {"recall": np.float64(0.25), "n": np.int64(3)}
+
+    def stop(line):
+        if "step 2/4" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, data, steps=4, eval_every=1, report=stop, validate=validate)
+    run(tmp_path, data, steps=4, eval_every=1, validate=validate)
+    assert history(tmp_path).recall.tolist() == [0.25] * 4
+
+
+def test_same_seed_same_weights(finished, data, tmp_path):
+    run(tmp_path / "student", data)
+    assert weights(tmp_path / "student") == weights(finished)
+    run(tmp_path / "other", data, seed=1)
+    assert weights(tmp_path / "other") != weights(finished)
+
+
+# ---- refusals
+
+@pytest.mark.parametrize("changes, named", [({"lr": 1e-4}, r"\(lr\)"), ({"method": "fd"}, r"\(method\)"),
+                                            ({"steps": 9, "seed": 1}, r"\(steps, seed\)"),
+                                            ({"weights": (1, 0, 1, 0)}, r"\(weights\)")])
+def test_other_settings_in_the_same_folder(changes, named, finished, data):
+    with pytest.raises(ValueError, match="holds a run with other settings " + named):
+        run(finished, data, **changes)
+
+
+def test_another_model_in_the_same_folder(finished, data):
+    with pytest.raises(ValueError, match=r"other settings \(model_config\)"):
+        run(finished, data, model=tiny_model(text_tower="stretched"))
+
+
+def test_distillation_needs_a_cache(data, tmp_path):
+    with pytest.raises(ValueError, match="method 'crd' distils: it needs a feature cache"):
+        run(tmp_path, (data[0], None), method="crd")
+    with pytest.raises(ValueError, match="20 training pairs do not fill one batch of 21"):
+        run(tmp_path, data, batch_size=21)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("setting, nearest", [({"method": "crdd"}, "'crd'"), ({"pairs": "bot"}, "'both'")])
+def test_unknown_settings(setting, nearest):
+    with pytest.raises(ValueError, match=f"did you mean {nearest}"):
+        Config(steps=1, **setting)
+
+
+def test_loss_that_is_not_a_number(data, tmp_path):
+    with pytest.raises(FloatingPointError, match="loss is nan at step 2 of .*contrastive_long.*try a lower lr"):
+        run(tmp_path, data, lr=float("inf"), warmup=0)
+    assert not (tmp_path / "last.ckpt").exists() and not (tmp_path / "student").exists()
+
+
+# ---- one step
+
+def test_learning_rate_by_hand():
+    config = Config(steps=12, warmup=4, lr=1.0)
+    rates = [learning_rate(step, config) for step in range(13)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[8] == pytest.approx(0.5) and rates[12] == pytest.approx(0)
+    assert rates[6] == pytest.approx(0.5 + 0.5 ** 1.5)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert learning_rate(0, Config(steps=1, warmup=0, lr=0.3)) == 0.3
+
+
+@pytest.mark.parametrize("name, tower", [("JettCLIP-T", "length_aware"), ("JettCLIP-T", "longclip"), ("LongCLIP-T", None)])
+def test_weight_decay_shrinks_matrices_and_kernels_only(name, tower):
+    model = create_model(name, text_tower=tower)
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer_of(model, Config(steps=1, lr=0.5, weight_decay=0.2)).step()
+    for key, parameter in model.named_parameters():
+        kept = parameter.ndim < 2 or "positional" in key or "layer_scale" in key
+        assert torch.allclose(parameter, before[key] * (1 if kept else 0.9)), key
+    assert any("positional" in key for key in before)
+
+
+@pytest.mark.parametrize("tower", ["length_aware", "stretched", "longclip"])
+def test_frozen_positions(tower, data, tmp_path):
+    model = tiny_model(text_tower=tower)
+    before = model.text.positional_embedding.detach().clone()
+    model = run(tmp_path, data, model=model, steps=2, frozen_positions=20)
+    after = model.text.positional_embedding
+    assert torch.equal(after[:20], before[:20])
+    assert (after[20:60] != before[20:60]).any(dim=1).all()
+
+
+def test_a_student_learns(data, tmp_path):
+    """It comes close to its teacher's features where it is asked for nothing else."""
+    run(tmp_path, data, method="fd", pairs="long", weights=(0, 0, 1, 0), steps=25, eval_every=5, lr=5e-3)
+    losses = history(tmp_path).distill_long
+    assert losses.iloc[-1] < 0.6 * losses.iloc[0]
+
+
+def test_history(finished):
+    table = pd.read_csv(finished / "history.csv")
+    terms = ["contrastive_long", "contrastive_short", "distill_long", "distill_short"]
+    assert list(table.columns) == ["step", "seconds", "loss", *terms, "scale"]
+    assert np.allclose(table[terms].sum(axis=1), table.loss) and (table.scale <= 100).all()
+    assert sorted(path.name for path in finished.iterdir()) == ["config.json", "history.csv", "last.ckpt", "student"]
