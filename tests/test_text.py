@@ -1,4 +1,4 @@
-"""A text tower reads a caption's real tokens and nothing else; stretching and folding keep what they promise."""
+"""A text tower reads a caption's real tokens and nothing else; stretching and folding keep their promises."""
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +17,11 @@ GOLDEN = Path(__file__).parent / "golden"
 TOKENIZE = tokenizer()
 CAUSAL = {"context_length": 248, "vocab_size": 100, "width": 32, "heads": 2, "layers": 2, "output_dim": 8,
           "act_layer": QuickGELU}
-END = 99
+END = 99  # the highest id
 
 
 def captions(lengths, seed=0, context=248):
-    """Random captions of `lengths` tokens: (B, context), the end token (the highest id) last, zeros after it."""
+    """Random captions of `lengths` tokens: (B, context), the end token last, zeros after it."""
     random = np.random.default_rng(seed)
     tokens = torch.zeros(len(lengths), context, dtype=torch.long)
     for row, length in zip(tokens, lengths):
@@ -32,7 +32,8 @@ def captions(lengths, seed=0, context=248):
 
 def hybrid(mask_padding=True):
     torch.manual_seed(0)
-    return randomise(HybridText(vocab_size=100, width=16, heads=2, layers=2, output_dim=8, mask_padding=mask_padding))
+    return randomise(HybridText(vocab_size=100, width=16, heads=2, layers=2, output_dim=8,
+                                mask_padding=mask_padding))
 
 
 def causal():
@@ -203,8 +204,9 @@ def test_training_branches_follow_the_equation():
     randomise(block)
     x = torch.randn(2, 7, 8)
     conv = F.conv1d(x.transpose(1, 2), block.conv.weight, padding=1, groups=8).transpose(1, 2)
-    skip, mixed, norm = (F.batch_norm(y.flatten(0, 1), n.running_mean, n.running_var, n.weight, n.bias).view_as(x)
-                         for y, n in ((x, block.skip_norm), (conv, block.conv_norm), (x, block.norm)))
+    skip, mixed, norm = (
+        F.batch_norm(y.flatten(0, 1), n.running_mean, n.running_var, n.weight, n.bias).view_as(x)
+        for y, n in ((x, block.skip_norm), (conv, block.conv_norm), (x, block.norm)))
     block.fc2.weight.data.zero_()
     block.fc2.bias.data.zero_()
     assert torch.allclose(block(x), x + block.mixer_scale * (skip + mixed - norm), atol=1e-5)

@@ -1,0 +1,69 @@
+"""All notebooks at toy size: the profile `smoke`, from nothing to the PDF."""
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SNAKEMAKE = [sys.executable, "-m", "snakemake", "--cores", "all", "--nolock", "--rerun-incomplete", "--rerun-triggers",
+             "params", "input", "mtime", "--scheduler", "greedy", "--quiet", "all", "--config", "profile=smoke"]
+RUN = ROOT / "runs/smoke"
+
+
+def smoke():
+    return subprocess.run(SNAKEMAKE, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def first_run():
+    shutil.rmtree(RUN, ignore_errors=True)
+    (ROOT / "report/build/report-smoke.pdf").unlink(missing_ok=True)
+    finished = smoke()
+    assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
+    return finished
+
+
+def read(name):
+    with open(RUN / "results" / name) as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_step_is_done_and_the_report_is_built(first_run):
+    for folder in ("data", "teacher", "none-s0", "crd+fd-both-s0", "deploy", "evaluate", "report"):
+        assert json.loads((RUN / folder / "done.json").read_text())["seconds"] > 0
+    assert (ROOT / "report/build/report-smoke.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_progress_is_told_step_by_step(first_run):
+    assert "[ 1/9] 00_data done in" in first_run.stdout
+    assert "step 4/4" in first_run.stdout
+
+
+def test_results_have_models_and_intervals(first_run):
+    rows = [row for row in read("retrieval.csv") if row["task"] == "long" and row["metric"] == "t2i_r10"]
+    assert [row["model"] for row in rows] == ["CLIP at 77 tokens", "teacher", "none-s0", "crd+fd-both-s0",
+                                              "fd-long-context_length77-s0"]
+    assert all(float(row["low"]) <= float(row["value"]) <= float(row["high"]) for row in rows)
+    assert {row["context"] for row in rows} == {"77", "248"}
+
+
+def test_a_77_token_model_is_at_chance_for_details_it_cannot_read(first_run):
+    late = [row for row in read("details.csv") if row["attribute"] == "all" and row["part"] == "from 77"]
+    for model in ("CLIP at 77 tokens", "fd-long-context_length77-s0"):
+        assert [row["value"] for row in late if row["model"] == model] == ["0.5"]
+
+
+def test_folding_changes_nothing_but_rounding(first_run):
+    row = read("fold.csv")[0]
+    assert float(row["image_max_difference"]) < 1e-4 and float(row["text_max_difference"]) < 1e-4
+
+
+def test_a_second_run_does_nothing(first_run):
+    before = {path: path.stat().st_mtime_ns for path in RUN.rglob("done.json")}
+    again = smoke()
+    assert again.returncode == 0 and "started" not in again.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in RUN.rglob("done.json")}
