@@ -162,16 +162,17 @@ def _cpu_lines():
 
 
 def pdf(profile):
-    """Compile report/report.typ; its numbers come from results/*/*.csv (for `smoke`, from runs/smoke/results)."""
+    """Compile report/report.typ; its numbers come from results/*/*.csv (for `smoke`, all from runs/smoke/results)."""
     import typst
 
-    scenes = results_folder(profile if profile == "smoke" else "scenes")
-    missing = [str(folder) for folder in (scenes, Path("results/flickr8k")) if not (ROOT / folder / "provenance.json").exists()]
+    folders = {name: results_folder(profile if profile == "smoke" else name) for name in ("scenes", "flickr8k")}
+    missing = {str(folder) for folder in folders.values() if not (ROOT / folder / "provenance.json").exists()}
     if missing:
-        raise FileNotFoundError(f"the report needs {' and '.join(missing)}: run `make report` for that profile first")
+        raise FileNotFoundError(f"the report needs {' and '.join(sorted(missing))}: run `make report PROFILE=...` for it first")
     output = ROOT / report_pdf(profile)
     write_then_rename(output, lambda path: typst.compile(
-        ROOT / "report/report.typ", output=path, root=ROOT, sys_inputs={"scenes": f"/{scenes}"}))
+        ROOT / "report/report.typ", output=path, root=ROOT,
+        sys_inputs={name: f"/{folder}" for name, folder in folders.items()}))
     return output
 
 

@@ -20,7 +20,7 @@ FILES = ("image.npy", "long.npy", "short.npy", "crops.npy", "manifest.json")
 
 
 class StubTeacher:
-    """Linear maps of pixels and of token counts; `calls` counts image batches, `before_image(calls)` comes first."""
+    """Linear maps of pixels and of tokens; `calls` counts image batches, `before_image(calls)` comes first."""
 
     def __init__(self, before_image=None):
         generator = torch.Generator().manual_seed(0)
