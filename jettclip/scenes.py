@@ -221,11 +221,11 @@ def make_details(n: int, seed: int, size: int = 64) -> pd.DataFrame:
 
     Columns image and other_image (PNG bytes), long and other_long (captions), attribute, position
     (the first token in which the captions differ; the start token is 0) and key. The pairs are
-    chosen from scenes 0 to 6 n - 1 of `seed` so that positions and attributes are spread evenly;
+    chosen from scenes 0 to 12 n - 1 of `seed` so that positions and attributes are spread evenly;
     few captions are long enough for positions above 150, so these remain rarer.
     """
     pool = []
-    for index in range(6 * n):
+    for index in range(12 * n):
         one = scene(seed, index)
         attribute = tuple(ATTRIBUTES)[index % len(ATTRIBUTES)]
         other = _change(one, attribute, np.random.default_rng([seed, index, 1]))

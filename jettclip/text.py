@@ -47,19 +47,33 @@ def check_tokens(tokens, context_length):
                          "use jettclip.get_tokenizer(name)")
 
 
+def embed(tower, tokens):
+    """Tokens (B, L) -> their embeddings with positions (B, L, d), places of the end tokens (B,).
+
+    The whole batch in one look-up: its gradient is as large as the vocabulary, so groups share it.
+    """
+    return tower.token_embedding(tokens) + tower.positional_embedding[:tokens.shape[1]], tokens.argmax(dim=1)
+
+
+def at_end(x, end):
+    """(B, L, d) at the end tokens -> (B, d)."""
+    return x[torch.arange(len(x), device=x.device), end]
+
+
 def trim(tokens):
     """Cut (B, L) to the longest caption of the batch: (B, longest)."""
     return tokens[:, :int(tokens.argmax(dim=1).max()) + 1]
 
 
-def in_length_groups(encode, tokens, rows=32):
-    """`encode` tokens (B, L) in groups of `rows` captions of similar length, each group trimmed -> features (B, d).
+def in_length_groups(encode, x, end, rows=32):
+    """`encode(x, end)` on groups of `rows` captions of similar length, each cut to its longest -> features (B, d).
 
-    Half the padding of a mixed batch goes, and a group's activations fit a CPU's cache. A GPU gets one group.
+    x (B, L, d) are embedded tokens, end (B,) the places of the end tokens. Half the padding of a mixed batch goes, and
+    a group's activations fit a CPU's cache. A GPU gets one group.
     """
-    rows = rows if tokens.device.type == "cpu" else len(tokens)
-    order = tokens.argmax(dim=1).argsort()
-    return torch.cat([encode(trim(tokens[part])) for part in order.split(rows)])[order.argsort()]
+    rows = rows if x.device.type == "cpu" else len(x)
+    order = end.argsort()
+    return torch.cat([encode(x[part, :int(end[part[-1]]) + 1], end[part]) for part in order.split(rows)])[order.argsort()]
 
 
 class CausalText(TextTransformer):
@@ -67,14 +81,12 @@ class CausalText(TextTransformer):
 
     def forward(self, tokens):
         check_tokens(tokens, self.context_length)
-        return in_length_groups(self.encode, tokens)
+        return in_length_groups(self.encode, *embed(self, trim(tokens)))
 
-    def encode(self, tokens):
-        length = tokens.shape[1]
-        x = self.token_embedding(tokens) + self.positional_embedding[:length]  # (B, L) -> (B, L, d)
+    def encode(self, x, end):
+        length = x.shape[1]
         x = self.transformer(x, attn_mask=self.attn_mask[:length, :length])
-        x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)]  # (B, L, d) -> (B, d)
-        return self.ln_final(x) @ self.text_projection
+        return self.ln_final(at_end(x, end)) @ self.text_projection
 
 
 class TokenBatchNorm(nn.BatchNorm1d):
@@ -201,19 +213,16 @@ class HybridText(nn.Module):
     def forward(self, tokens):
         check_tokens(tokens, self.context_length)
         if self.mask_padding:
-            return in_length_groups(self.encode, tokens)
-        return self.encode(F.pad(tokens, (0, self.context_length - tokens.shape[1])))
+            return in_length_groups(self.encode, *embed(self, trim(tokens)))
+        return self.encode(*embed(self, F.pad(tokens, (0, self.context_length - tokens.shape[1]))))
 
-    def encode(self, tokens):
-        end = tokens.argmax(dim=1)
+    def encode(self, x, end):
         mask = None
         if self.mask_padding:
-            mask = torch.arange(tokens.shape[1], device=tokens.device) <= end.unsqueeze(1)  # (B, L)
-        x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]  # (B, L) -> (B, L, d)
+            mask = torch.arange(x.shape[1], device=x.device) <= end.unsqueeze(1)  # (B, L)
         for block in self.blocks:
             x = block(x, mask)
-        x = x[torch.arange(len(x), device=x.device), end]  # (B, L, d) -> (B, d)
-        return self.ln_final(x) @ self.text_projection
+        return self.ln_final(at_end(x, end)) @ self.text_projection
 
     def fold(self):
         for block in self.blocks:

@@ -39,7 +39,7 @@ def test_every_step_is_done_and_the_report_is_built(first_run):
 
 
 def test_progress_is_told_step_by_step(first_run):
-    assert "[ 1/9] 00_data done in" in first_run.stdout
+    assert "[ 1/8] 00_data done in" in first_run.stdout
     assert "step 4/4" in first_run.stdout
 
 

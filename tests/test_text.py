@@ -158,11 +158,11 @@ def test_length_groups_keep_the_order():
     tokens = captions([9, 3, 6, 3, 5, 8, 7])
     widths = []
 
-    def lengths_and_first_ids(part):
-        widths.append(part.shape[1])
-        return torch.stack([part.argmax(dim=1) + 1, part[:, 0]], dim=1)
+    def lengths_and_first_ids(x, end):
+        widths.append(x.shape[1])
+        return torch.stack([end + 1, x[:, 0, 0]], dim=1)
 
-    features = in_length_groups(lengths_and_first_ids, tokens, rows=2)
+    features = in_length_groups(lengths_and_first_ids, tokens[:, :, None], tokens.argmax(dim=1), rows=2)
     assert features[:, 0].tolist() == [9, 3, 6, 3, 5, 8, 7]
     assert torch.equal(features[:, 1], tokens[:, 0])
     assert widths == [3, 6, 8, 9]
