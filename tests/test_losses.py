@@ -1,28 +1,17 @@
 """Losses against the published code's values, exact linear algebra, and batches worked out by hand."""
-import json
 import math
-import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_values import GOLDEN, drawn, longclip_tokens, state_dict
+from golden_values import LONGCLIP_TINY as LONGCLIP
 
+import jettclip
 from jettclip.losses import contrastive_loss, distill_loss, primary_components, total_loss
-from jettclip.models import CLIP
 
-GOLDEN = Path(__file__).parent / "golden"
 LOSSES = np.load(GOLDEN / "losses_seed0.npz")
-LONGCLIP = np.load(GOLDEN / "longclip_tiny_seed0.npz")
-
-
-def random_state(name):
-    return np.random.RandomState(zlib.crc32(f"0:{name}".encode()))
-
-
-def drawn(name, *shape):
-    return torch.from_numpy(random_state(name).standard_normal(shape)).float()
 
 
 def golden(name, file=LOSSES):
@@ -246,48 +235,14 @@ def test_a_perfect_student_has_only_contrastive_loss():
 
 # ---- a Long-CLIP model from weights to gradients
 
-def golden_weight(key, shape):
-    """The value that tensor `key` had when the golden outputs were recorded: it follows from its name."""
-    z = random_state(key).standard_normal(shape)
-    if key == "logit_scale":
-        z = math.log(1 / 0.07)
-    elif "embedding" in key:
-        z = 0.02 * z
-    elif len(shape) == 1:
-        z = 1 + 0.1 * z if key.endswith("weight") else 0.02 * z
-    else:
-        z = z / math.sqrt(np.prod(shape[1:]))
-    return torch.tensor(z, dtype=torch.float32)
-
-
-def golden_tokens(name, shortest, longest):
-    random = random_state(name)
-    tokens = torch.zeros(40, 248, dtype=torch.long)
-    for row in tokens:
-        length = random.randint(shortest, longest)
-        row[0], row[length - 1] = 49406, 49407
-        row[1:length - 1] = torch.from_numpy(random.randint(1, 49000, length - 2))
-    return tokens
-
-
 @pytest.fixture(scope="module")
-def longclip():
+def longclip(tmp_path_factory):
     """A small Long-CLIP of known weights and its features of 40 images, long and short captions."""
-    model = CLIP({
-        "embed_dim": 48,
-        "vision_cfg": {"image_size": 64, "patch_size": 16, "width": 128, "heads": 2, "layers": 2},
-        "text_cfg": {"tower": "longclip", "context_length": 248, "vocab_size": 49408, "width": 64, "heads": 1,
-                     "layers": 3},
-    })
-    shapes = json.loads((GOLDEN / "longclip_tiny.keys.json").read_text())
-    state = {key: golden_weight(key, shape) for key, shape in shapes.items()}
-    stretched = state.pop("positional_embedding_res")
-    state["positional_embedding"] = torch.cat([state["positional_embedding"][:20], stretched[20:]])
-    model.load_state_dict({key if key.startswith(("visual.", "logit_scale")) else f"text.{key}": value
-                           for key, value in state.items()})
-    image = drawn("image", 40, 3, 64, 64)
-    return model, (model.encode_image(image), model.encode_text(golden_tokens("long", 30, 249)),
-                   model.encode_text(golden_tokens("short", 6, 24)))
+    file = tmp_path_factory.mktemp("longclip") / "longclip-tiny.pt"
+    torch.save(state_dict("longclip_tiny"), file)
+    model = jettclip.create_model("LongCLIP", file)
+    return model, (model.encode_image(drawn("image", 40, 3, 64, 64)), model.encode_text(longclip_tokens("long", 40)),
+                   model.encode_text(longclip_tokens("short", 40)))
 
 
 def test_longclip_features(longclip):
