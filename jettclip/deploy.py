@@ -1,18 +1,47 @@
-"""What a model costs to run: parameters and honest latencies.
+"""What a model costs to run: parameters, multiply-accumulates and honest latencies.
+
+    python -m jettclip.deploy --captions long_captions.parquet      # full-size towers beside Long-CLIP-B (make bench-models)
 
 Latencies of several towers are interleaved in one run, after a warm-up, on a synchronised device; ratios of one run
 mean something where milliseconds of a shared machine do not.
 """
+import argparse
 import statistics
 import time
 
+import open_clip
 import pandas as pd
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from .models import create_model, reparameterize
+from .scenes import make_pairs
+from .text import CONTEXT, tokenizer
 
 
 def parameters_m(module):
     """Parameters of `module` in millions."""
     return sum(p.numel() for p in module.parameters()) / 1e6
+
+
+@torch.inference_mode()
+def gmacs(model, tokens=CONTEXT):
+    """Multiply-accumulates of one image and of one text of `tokens` tokens, attention included -> (image, text) in 10^9.
+
+    Counts what the model does, so work that is cut away does not appear.
+    """
+    text = torch.ones(1, min(tokens, model.context_length), dtype=torch.long)
+    text[0, -1] = model.config["text_cfg"]["vocab_size"] - 1
+    counts, fast_path = [], torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    for encode, one in ((model.encode_image, torch.zeros(1, 3, model.image_size, model.image_size)), (model.encode_text, text)):
+        # The counter knows nothing of fused attention; the plain kernel is two matrix products.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            encode(one)
+        counts.append(counter.get_total_flops() / 2e9)
+    torch.backends.mha.set_fastpath_enabled(fast_path)
+    return tuple(counts)
 
 
 def max_difference(model, folded, images, tokens):
@@ -71,3 +100,59 @@ def latency(models, images, tokens, batches=(1, 32), repeats=20):
                              "ratio_to_teacher": table.p50_ms[teacher] / table.p50_ms[name],
                              "params_m": parameters_m(part)})
     return pd.DataFrame(rows)
+
+
+# ---- full-size towers
+
+def caption_tokens(file, shortest, longest, n=32, seed=0):
+    """Tokens (n, 248) of `n` real captions of `shortest` to `longest` tokens: texts of a Parquet file, or their first
+    sentences; without a file, captions of scenes."""
+    texts = pd.read_parquet(file).text if file else make_pairs(500, seed).long
+    texts = pd.concat([texts, texts.str.split(". ").str[0], texts.str.split(",").str[0]]).drop_duplicates()
+    tokens = tokenizer()(list(texts.sample(min(2000, len(texts)), random_state=seed)))
+    lengths = tokens.argmax(dim=1) + 1
+    fitting = tokens[(lengths >= shortest) & (lengths <= longest)]
+    if len(fitting) < n:
+        raise ValueError(f"only {len(fitting)} captions of {shortest} to {longest} tokens in {file or 'scenes'}; {n} are needed")
+    return fitting[:n]
+
+
+def benchmark_models(names, captions=None, batches=(1, 32), repeats=10):
+    """Each folded model of `names` (random weights) beside Long-CLIP-B as its code runs it, in fp32 PyTorch.
+
+    That reference is open_clip's ViT-B-16-quickgelu with text untrimmed at 248 tokens. All towers of a row group take turns.
+    -> table: tower, captions, batch, model, p50_ms, p90_ms, ratio (reference time / this time).
+    """
+    config = open_clip.get_model_config("ViT-B-16-quickgelu")
+    config["text_cfg"]["context_length"] = CONTEXT
+    reference = open_clip.CLIP(**config).eval()
+    models = {name: reparameterize(create_model(name)) for name in names}
+    texts = {"60 to 180 tokens": caption_tokens(captions, 60, 180), "12 to 20 tokens": caption_tokens(captions, 12, 20)}
+    rows = []
+    for batch in batches:
+        image = {name: torch.rand(batch, 3, model.image_size, model.image_size) for name, model in models.items()}
+        groups = {("image", ""): {"Long-CLIP-B, reference": lambda: reference.encode_image(torch.rand(batch, 3, 224, 224)),
+                                  **{name: lambda m=m, x=image[name]: m.encode_image(x) for name, m in models.items()}}}
+        for caption, tokens in texts.items():
+            groups["text", caption] = {"Long-CLIP-B, reference": lambda t=tokens: reference.encode_text(t[:batch]),
+                                       **{name: lambda m=m, t=tokens: m.encode_text(t[:batch]) for name, m in models.items()}}
+        for (tower, caption), calls in groups.items():
+            table = benchmark(calls, repeats)
+            rows.append(table.rename(columns={"name": "model"}).assign(
+                tower=tower, captions=caption, batch=batch, ratio=table.p50_ms[0] / table.p50_ms))
+    return pd.concat(rows)[["tower", "captions", "batch", "model", "p50_ms", "p90_ms", "ratio"]]
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m jettclip.deploy", description=benchmark_models.__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["JettCLIP-S0", "JettCLIP-S1", "JettCLIP-S2", "JettCLIP-B", "LongCLIP-B"])
+    parser.add_argument("--captions", help="Parquet file with a column `text`; default: captions of scenes")
+    parser.add_argument("--repeats", type=int, default=10)
+    args = parser.parse_args()
+    print(f"{torch.get_num_threads()} threads, fp32 PyTorch {torch.__version__}; ratio = reference's time / this time")
+    table = benchmark_models(args.models, args.captions, repeats=args.repeats)
+    print(table.to_string(index=False, float_format=lambda value: f"{value:.1f}"))
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,7 @@ Its key `variants` lists the students to train; a list as a value expands as a p
 
     variants:
       - {method: [fd, crd], pairs: both, seed: [0, 1]}      # fd-both-s0, fd-both-s1, crd-both-s0, crd-both-s1
+      - {method: fd, weights: [[1, 0, 1, 0]]}               # fd-weights1_0_1_0: one value that is a list
 
 `profile`, `variant` and `variants` (all run folders' names) are given to the notebooks that declare them.
 """
@@ -132,8 +133,9 @@ def expand_variants(variants):
             run = dict(zip(entry, combination))
             if run.get("method") == "none":
                 run.pop("pairs", None)  # nothing is distilled, so there are no pairs to distil from
-            parts = [str(run[key]) for key in ("method", "pairs") if key in run]
-            parts += [f"{key}{run[key]}" for key in run if key not in ("method", "pairs", "seed")]
+            shown = {key: "_".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in run.items()}
+            parts = [shown[key] for key in ("method", "pairs") if key in run]
+            parts += [f"{key}{shown[key]}" for key in run if key not in ("method", "pairs", "seed")]
             name = "-".join(parts + ([f"s{run['seed']}"] if "seed" in run else []))
             if name in runs or not re.fullmatch(r"[\w.+-]+", name):
                 raise ValueError(f"variant {name!r} is there twice, or cannot name a folder; change it.")

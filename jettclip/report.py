@@ -1,10 +1,13 @@
-"""From result rows to figures, provenance and the PDF.
+"""From result rows to figures, provenance, the PDF and the tables of README.md.
 
     python -m jettclip.report pdf --profile scenes      # report/report.typ -> report/build/report.pdf
+    python -m jettclip.report models                    # counts every model -> results/models.csv (two minutes)
+    python -m jettclip.report readme                    # results/ -> the tables in README.md
 """
 import argparse
 import importlib.metadata
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -176,13 +179,75 @@ def pdf(profile):
     return output
 
 
+def count_models(names):
+    """Size and cost of models, random weights, folded -> table: one row per model."""
+    from .deploy import gmacs, parameters_m
+    from .models import create_model, reparameterize
+
+    rows = []
+    for name in names:
+        model = reparameterize(create_model(name))
+        image, text = gmacs(model)
+        rows.append({"model": name, "image_params_m": parameters_m(model.visual), "text_params_m": parameters_m(model.text),
+                     "image_gmacs": image, "text_gmacs": text, "image_size": model.image_size,
+                     "text_tower": model.config["text_tower"], "context": model.context_length})
+    return pd.DataFrame(rows)
+
+
+def markdown(table, heads):
+    """A Markdown table of the columns that `heads` {column: head} names."""
+    rows = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in table[list(heads)].itertuples(index=False)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [list(heads.values()), ["---"] * len(heads), *rows])
+
+
+def readme_tables():
+    """{marker: Markdown} for README.md, from results/ alone."""
+    def result(profile, metric):
+        table = pd.read_csv(ROOT / f"results/{profile}/retrieval.csv").query("task == 'long' and metric == @metric")
+        value = table.apply(lambda row: f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]", axis=1)
+        return table.assign(value=value, model="`" + table.model + "`").set_index("model")
+
+    scenes, flickr = result("scenes", "t2i_r1"), result("flickr8k", "t2i_r10")
+    late = pd.read_csv(ROOT / "results/scenes/details.csv").query("attribute == 'all' and part == 'from 77'")
+    late = late.assign(model="`" + late.model + "`").set_index("model").value.map("{:.2f}".format)
+    results = pd.DataFrame({"context": scenes.context, "scenes": scenes.value, "late": late, "flickr8k": flickr.value})
+    heads = {"model": "model", "context": "reads (tokens)", "scenes": "scenes: long caption finds its image first (R@1 of 1,000)",
+             "late": "detail named after token 77 (chance 0.5)", "flickr8k": "Flickr8k: image among the first ten (R@10 of 1,000)"}
+    models = pd.read_csv(ROOT / "results/models.csv")
+    counts = {"model": "model", "image_params_m": "image, M parameters", "text_params_m": "text, M parameters",
+              "image_gmacs": "image, GMAC", "text_gmacs": "text, GMAC", "image_size": "pixels", "text_tower": "text tower",
+              "context": "tokens"}
+    return {"results": markdown(results.loc[scenes.index].fillna("–").reset_index(), heads), "models": markdown(models, counts)}
+
+
+def readme(text):
+    """README.md's `text` with its tables made anew."""
+    for marker, table in readme_tables().items():
+        text, found = re.subn(rf"(<!-- {marker} -->\n).*?(\n<!-- /{marker} -->)", lambda m: m[1] + table + m[2], text, flags=re.S)
+        if found != 1:
+            raise ValueError(f"README.md needs one pair of markers <!-- {marker} --> and <!-- /{marker} -->, each on its own line")
+    return text
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m jettclip.report", description=__doc__.splitlines()[0])
-    command = parser.add_subparsers(dest="command", required=True).add_parser("pdf", help="compile the report")
-    command.add_argument("--profile", default="scenes", help="smoke reads runs/smoke/results in place of results/scenes")
+    commands = parser.add_subparsers(dest="command", required=True)
+    compile_pdf = commands.add_parser("pdf", help="compile the report")
+    compile_pdf.add_argument("--profile", default="scenes", help="smoke reads runs/smoke/results in place of results/scenes")
+    commands.add_parser("models", help="count every model into results/models.csv")
+    commands.add_parser("readme", help="make the tables in README.md anew")
+    args = parser.parse_args()
     try:
-        print(f"wrote {pdf(parser.parse_args().profile)}")
-    except (FileNotFoundError, RuntimeError) as error:
+        if args.command == "pdf":
+            print(f"wrote {pdf(args.profile)}")
+        elif args.command == "models":
+            from .models import MODELS
+            save_csv(count_models(sorted(MODELS)), ROOT / "results/models.csv")
+        else:
+            path = ROOT / "README.md"
+            text = readme(path.read_text())
+            write_then_rename(path, lambda temporary: temporary.write_text(text))
+    except (FileNotFoundError, RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 

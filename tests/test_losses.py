@@ -9,7 +9,7 @@ from golden_values import GOLDEN, drawn, longclip_tokens, state_dict
 from golden_values import LONGCLIP_TINY as LONGCLIP
 
 import jettclip
-from jettclip.losses import contrastive_loss, distill_loss, primary_components, total_loss
+from jettclip.losses import METHODS, Heads, Part, contrastive_loss, distill_loss, primary_components, total_loss
 
 LOSSES = np.load(GOLDEN / "losses_seed0.npz")
 
@@ -130,13 +130,36 @@ TEACHER = tuple(F.normalize(drawn(name, 24, 32), dim=1) for name in ("t_img_same
 SCALES = {"student_scale": 1 / 0.07, "teacher_scale": 100.0}
 
 
-@pytest.mark.parametrize("method", ["crd", "fd"])
-def test_distillation_agrees_with_clip_kd(method):
+def golden_heads(width, method):
+    """The learned maps that the recorded values were computed with; drawn ones are 0 in no place, so they all count."""
+    heads = Heads(method, 32, width)
+    names = {"image": "visual_proj", "text": "text_proj", "fuse_image": "visual_fusion_proj", "fuse_text": "text_fusion_proj"}
+    for ours, theirs in names.items():
+        for part in ("weight", "bias"):
+            name = f"clipkd/{'same' if width == 32 else 'wide'}/param/{theirs}.{part}"
+            if name in LOSSES and hasattr(getattr(heads, ours, None), part):
+                setattr(getattr(heads, ours), part, torch.nn.Parameter(golden(name)))
+    return heads
+
+
+@pytest.mark.parametrize("width, method", [(32, method) for method in ("crd", "fd", "icl", "cross_kd", "gd", "afd")]
+                         + [(48, method) for method in ("crd", "fd", "icl", "cross_kd")])
+def test_distillation_agrees_with_clip_kd(width, method):
+    kind = "same" if width == 32 else "wide"
+    teacher = [F.normalize(drawn(f"{name}_{kind}", 24, width), dim=1) for name in ("t_img", "t_txt")]
     image = STUDENT[0].clone().requires_grad_()
-    loss = distill_loss(method, image, STUDENT[1], *TEACHER, **SCALES)
+    loss = distill_loss(method, image, STUDENT[1], *teacher, heads=golden_heads(width, method), **SCALES)
     loss.backward()
-    assert loss.item() == pytest.approx(golden(f"clipkd/same/{method}").item(), abs=1e-5)
-    assert relative(image.grad, golden(f"clipkd/same/{method}/grad_s_img")) < 1e-4
+    assert loss.item() == pytest.approx(golden(f"clipkd/{kind}/{method}").item(), abs=1e-5)
+    assert relative(image.grad, golden(f"clipkd/{kind}/{method}/grad_s_img")) < 1e-4
+
+
+def test_cross_entropy_form_agrees_with_mobileclip():
+    loss = distill_loss("crd_ce", *STUDENT, *TEACHER, **SCALES)
+    assert loss.item() == pytest.approx(golden("mobileclip/distill").item(), abs=1e-5)
+    two = [torch.cat([F.normalize(part, dim=1) for part in side.split([20, 12], 1)], 1) for side in TEACHER]
+    loss = distill_loss("crd_ce", *STUDENT, *two, teacher_widths=[20, 12], **SCALES)
+    assert loss.item() == pytest.approx(golden("mobileclip/distill_ensemble").item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("name, method, factor", [("CRD", "crd", 1), ("FD", "fd", 16)])
@@ -159,7 +182,7 @@ def test_sum_of_methods():
     assert distill_loss("none", *STUDENT, *TEACHER, **SCALES) == 0
 
 
-@pytest.mark.parametrize("method, nearest", [("crdd", "'crd'"), ("crd+df", "'fd'"), ("non", "'none'")])
+@pytest.mark.parametrize("method, nearest", [("crdd", "'crd'"), ("crd+fdd", "'fd'"), ("non", "'none'")])
 def test_unknown_method(method, nearest):
     with pytest.raises(ValueError, match=f"distillation method .* did you mean {nearest}"):
         distill_loss(method, *STUDENT, *TEACHER, **SCALES)

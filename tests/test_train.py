@@ -224,5 +224,5 @@ def test_history(finished):
     terms = ["contrastive_long", "contrastive_short", "distill_long", "distill_short"]
     assert list(table.columns) == ["step", "seconds", "loss", *terms, "scale"]
     assert np.allclose(table[terms].sum(axis=1), table.loss) and (table.scale <= 100).all()
-    files = ["config.json", "history.csv", "last.ckpt", "student"]
+    files = ["config.json", "history.csv", "last.ckpt", "previous.ckpt", "student"]
     assert sorted(path.name for path in finished.iterdir()) == files
