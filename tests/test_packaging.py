@@ -2,6 +2,7 @@
 import importlib.metadata
 import json
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -57,3 +58,6 @@ def test_notebooks_are_stripped(path):
     for part in [notebook, *notebook["cells"]]:
         assert not part.get("outputs") and part.get("execution_count") is None, "run nbstripout on it"
         assert "papermill" not in part["metadata"], "this is an executed copy"
+    # As the filter would write it: else a fresh clone shows changes that nobody made.
+    verified = subprocess.run([sys.executable, "-m", "nbstripout", "--verify", path], capture_output=True, text=True)
+    assert verified.returncode == 0, verified.stdout
