@@ -14,12 +14,18 @@ BIN      = $(VENV)/bin
 SNAKEMAKE_FLAGS = --cores $${OMP_NUM_THREADS:-all} --nolock --rerun-incomplete \
 	--rerun-triggers params input mtime --scheduler greedy $(QUIET)
 
-.PHONY: help setup test report lab clean
+# Real captions for bench-models, a Parquet file with a column `text`; without it those of scenes are used.
+CAPTIONS ?=
+
+.PHONY: help setup test report readme lab bench-models bench-losses clean
 
 help:
 	@echo "make report [PROFILE=scenes]  run the notebooks of a profile, build report/build/report.pdf"
 	@echo "make test                     run the tests"
 	@echo "make lab                      open the notebooks in JupyterLab"
+	@echo "make readme                   make the tables in README.md anew from results/"
+	@echo "make bench-models             time the full-size towers beside Long-CLIP-B's [CAPTIONS=file.parquet]"
+	@echo "make bench-losses             time the losses, and a training step with and without distillation"
 	@echo "make setup                    create or update $(VENV); the targets above do so themselves"
 	@echo "make clean [PROFILE=scenes]   delete runs/PROFILE (models, caches); results/ stays"
 	@echo "Profiles: $(basename $(notdir $(wildcard notebooks/profiles/*.yaml)))"
@@ -54,6 +60,15 @@ report: setup
 
 lab: setup
 	cd notebooks && ../$(BIN)/jupyter lab
+
+readme: setup
+	$(BIN)/python -m jettclip.report readme
+
+bench-models: setup
+	$(BIN)/python -m jettclip.deploy models $(if $(CAPTIONS),--captions $(CAPTIONS))
+
+bench-losses: setup
+	$(BIN)/python -m jettclip.deploy losses
 
 clean:
 	@test -f notebooks/profiles/$(PROFILE).yaml || { echo "no profile '$(PROFILE)'"; exit 1; }

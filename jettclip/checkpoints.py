@@ -120,6 +120,28 @@ def file_hash(folder):
     return hashlib.sha256((Path(folder) / WEIGHTS).read_bytes()).hexdigest()
 
 
+# ---- training goes on from these
+
+def save_checkpoint(folder, state):
+    """Write last.ckpt; the one before stays as previous.ckpt, in case the disk fails this one."""
+    def write(path):
+        torch.save(state, path)
+        if (folder / "last.ckpt").exists():
+            os.replace(folder / "last.ckpt", folder / "previous.ckpt")
+    write_then_rename(folder / "last.ckpt", write)
+
+
+def load_checkpoint(folder, report):
+    """The newest whole checkpoint of a run folder, or None where it has none."""
+    for name in ("last.ckpt", "previous.ckpt"):
+        if (folder / name).exists():
+            try:
+                return torch.load(folder / name, weights_only=True)
+            except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+                report(f"{folder / name} is damaged and not used: {str(error).splitlines()[0][:100]}")
+    return None
+
+
 # ---- everybody's files
 
 def read_state(source):

@@ -1,6 +1,7 @@
-"""What a model costs to run: parameters, multiply-accumulates and honest latencies.
+"""What models and losses cost: parameters, multiply-accumulates and honest latencies.
 
-    python -m jettclip.deploy --captions long_captions.parquet      # full-size towers beside Long-CLIP-B (make bench-models)
+    python -m jettclip.deploy models --captions long_captions.parquet   # full-size towers beside Long-CLIP-B (make bench-models)
+    python -m jettclip.deploy losses                                    # each loss, and a step of training (make bench-losses)
 
 Latencies of several towers are interleaved in one run, after a warm-up, on a synchronised device; ratios of one run
 mean something where milliseconds of a shared machine do not.
@@ -12,9 +13,12 @@ import time
 import open_clip
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from .data import PairDataset, in_order, loader
+from .losses import METHODS, Heads, primary_components, total_loss
 from .models import create_model, reparameterize
 from .scenes import make_pairs
 from .text import CONTEXT, tokenizer
@@ -52,7 +56,6 @@ def max_difference(model, folded, images, tokens):
             (model.encode_text(tokens, True), folded.encode_text(tokens, True))))
 
 
-@torch.inference_mode()
 def benchmark(calls, repeats=20, warmup=3):
     """Time functions against each other: {name: function} -> table: name, p50_ms, p90_ms.
 
@@ -76,6 +79,7 @@ def _synchronize():
         torch.cuda.synchronize()
 
 
+@torch.inference_mode()
 def latency(models, images, tokens, batches=(1, 32), repeats=20):
     """Time both towers of {name: model}, the first being the teacher that ratios refer to.
 
@@ -108,7 +112,7 @@ def caption_tokens(file, shortest, longest, n=32, seed=0):
     """Tokens (n, 248) of `n` real captions of `shortest` to `longest` tokens: texts of a Parquet file, or their first
     sentences; without a file, captions of scenes."""
     texts = pd.read_parquet(file).text if file else make_pairs(500, seed).long
-    texts = pd.concat([texts, texts.str.split(". ").str[0], texts.str.split(",").str[0]]).drop_duplicates()
+    texts = pd.concat([texts, texts.str.split(". ", regex=False).str[0], texts.str.split(",", regex=False).str[0]]).drop_duplicates()
     tokens = tokenizer()(list(texts.sample(min(2000, len(texts)), random_state=seed)))
     lengths = tokens.argmax(dim=1) + 1
     fitting = tokens[(lengths >= shortest) & (lengths <= longest)]
@@ -117,6 +121,7 @@ def caption_tokens(file, shortest, longest, n=32, seed=0):
     return fitting[:n]
 
 
+@torch.inference_mode()
 def benchmark_models(names, captions=None, batches=(1, 32), repeats=10):
     """Each folded model of `names` (random weights) beside Long-CLIP-B as its code runs it, in fp32 PyTorch.
 
@@ -143,15 +148,72 @@ def benchmark_models(names, captions=None, batches=(1, 32), repeats=10):
     return pd.concat(rows)[["tower", "captions", "batch", "model", "p50_ms", "p90_ms", "ratio"]]
 
 
+# ---- losses
+
+def _by_svd(features, k=32):
+    """Primary components as Long-CLIP's code computes them, for comparison."""
+    mean = features.mean(dim=0, keepdim=True)
+    u, values, v = torch.linalg.svd(features - mean, full_matrices=False)
+    return mean + (u[:, :k] * values[:k]) @ v[:k]
+
+
+def benchmark_losses(batches=(128, 512, 2048), width=512, repeats=10):
+    """Forward and backward pass of primary components and of each method's total loss, on random features.
+
+    -> table: batch, what, p50_ms, p90_ms, ratio (to `svd`, and to the contrastive loss on two captions).
+    """
+    rows = []
+    for batch in batches:
+        student, teacher = ([F.normalize(torch.randn(batch, width), dim=1) for _ in range(3)] for _ in range(2))
+        leaves, scale = [f.requires_grad_() for f in student], torch.tensor(14.3, requires_grad=True)
+
+        def components(compute):
+            compute(leaves[0]).sum().backward()
+
+        def total(method):
+            heads = Heads(method, width, width) if method == "afd" else None
+            return lambda: total_loss(leaves, teacher, scale, method=method, heads=heads, masked_image=leaves[0])[0].backward()
+
+        for base, calls in (("svd", {"svd": lambda: components(_by_svd), "primary_components": lambda: components(primary_components)}),
+                            ("none", {method: total(method) for method in ("none", *METHODS, "crd+fd")})):
+            table = benchmark(calls, repeats).set_index("name")
+            rows += [{"batch": batch, "what": name, **row, "ratio": row.p50_ms / table.p50_ms[base]} for name, row in table.iterrows()]
+    return pd.DataFrame(rows)
+
+
+def benchmark_step(method="crd+fd", batch=128, pairs=512, repeats=5):
+    """A step of training JettCLIP-T on cached features with and without distillation -> table: what, p50_ms, p90_ms."""
+    dataset = PairDataset(make_pairs(pairs, seed=0), 64)
+    teacher = [F.normalize(torch.randn(batch, 128), dim=1) for _ in range(3)]
+    _, _, images, long, short = next(iter(loader(dataset, in_order(pairs, batch))))
+    model = create_model("JettCLIP-T").to(memory_format=torch.channels_last).train()
+
+    def step(method):
+        features = model.encode_image(images), model.encode_text(long), model.encode_text(short)
+        total_loss(features, teacher, model.logit_scale.exp(), method=method)[0].backward()
+
+    return benchmark({"without distillation": lambda: step("none"), method: lambda: step(method)}, repeats)
+
+
 def main():
-    parser = argparse.ArgumentParser(prog="python -m jettclip.deploy", description=benchmark_models.__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["JettCLIP-S0", "JettCLIP-S1", "JettCLIP-S2", "JettCLIP-B", "LongCLIP-B"])
-    parser.add_argument("--captions", help="Parquet file with a column `text`; default: captions of scenes")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser = argparse.ArgumentParser(prog="python -m jettclip.deploy", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    models = commands.add_parser("models", help=benchmark_models.__doc__.splitlines()[0])
+    models.add_argument("--models", nargs="+", default=["JettCLIP-S0", "JettCLIP-S1", "JettCLIP-S2", "JettCLIP-B", "LongCLIP-B"])
+    models.add_argument("--captions", help="Parquet file with a column `text`; default: captions of scenes")
+    losses = commands.add_parser("losses", help=benchmark_losses.__doc__.splitlines()[0])
+    for command in (models, losses):
+        command.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
-    print(f"{torch.get_num_threads()} threads, fp32 PyTorch {torch.__version__}; ratio = reference's time / this time")
-    table = benchmark_models(args.models, args.captions, repeats=args.repeats)
-    print(table.to_string(index=False, float_format=lambda value: f"{value:.1f}"))
+    print(f"{torch.get_num_threads()} threads, fp32 PyTorch {torch.__version__}")
+    if args.command == "models":
+        print("ratio = time of Long-CLIP-B's reference form / this time")
+        tables = [benchmark_models(args.models, args.captions, repeats=args.repeats)]
+    else:
+        print("forward + backward; ratio = this time / that of svd, of the loss without distillation")
+        tables = [benchmark_losses(repeats=args.repeats), benchmark_step(repeats=args.repeats)]
+    for table in tables:
+        print(table.to_string(index=False, float_format=lambda value: f"{value:.2f}"))
 
 
 if __name__ == "__main__":

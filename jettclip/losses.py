@@ -213,8 +213,9 @@ class Heads(nn.Module):
     Trained and checkpointed with the student, and no part of it: what is saved as the student has none.
     """
 
-    def __init__(self, method, student_width, teacher_width):
+    def __init__(self, method, student_width, teacher_width, short_width=None):
         super().__init__()
+        self.short = None if short_width is None else Heads(method, student_width, short_width)  # for a short_teacher
         if student_width != teacher_width:
             self.image, self.text = nn.Linear(student_width, teacher_width), nn.Linear(student_width, teacher_width)
         else:
@@ -286,6 +287,6 @@ def total_loss(student, teacher, scale, *, method="none", pairs="both", weights=
             each = teacher[0].split(teacher_widths or [teacher[0].shape[1]], 1)
             taught = torch.cat([primary_components(F.normalize(one, dim=1), components) for one in each], 1), teacher[2]
         else:
-            taught, settings = short_teacher, {**settings, "teacher_widths": None}
+            taught, settings = short_teacher, {**settings, "teacher_widths": None, "heads": heads and heads.short}
         terms["distill_short"] = d_short * distill_loss(unmasked, image_short, short, *taught, **settings)
     return sum(terms.values()), terms

@@ -4,7 +4,6 @@ The mean over the processes of their losses is the loss of one process over the 
 """
 import torch
 import torch.distributed as dist
-from torch.nn.utils import parameters_to_vector
 
 from .losses import WHOLE, Part
 
@@ -38,10 +37,10 @@ def average_gradients(parameters):
     parameters = [p for p in parameters if p.requires_grad]
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    together = parameters_to_vector([p.grad for p in parameters])
+    together = torch.cat([p.grad.flatten() for p in parameters])
     dist.all_reduce(together)
     for p, grad in zip(parameters, together.div_(dist.get_world_size()).split([p.numel() for p in parameters])):
-        p.grad.copy_(grad.view_as(p))
+        p.grad.copy_(grad.view(p.shape))
 
 
 def is_first():

@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import matplotlib as mpl
@@ -45,15 +46,23 @@ def save_csv(table, path):
     write_then_rename(path, lambda temporary: table.to_csv(temporary, index=False, float_format="%.6g"))
 
 
+def label(model):
+    """A run's name as figures show it: "crd+fd-both-context_length77-s0" -> "crd+fd both 77 tokens"."""
+    name = re.sub(r"context_length(\d+)", r"\1 tokens", model).removesuffix("-s0")
+    return name if " " in model else name.replace("-", " ")
+
+
 def contact_sheet(images, titles, columns=4, width=6.3):
-    """Images (each uint8 (3, H, W)) in a grid with a short title each -> figure."""
+    """Images (each uint8 (3, H, W)) in a grid with a caption each -> figure."""
     rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(width, rows * width / columns * 1.22), squeeze=False)
+    titles = [textwrap.wrap(title, int(19 * width / columns)) for title in titles]
+    lines = max(map(len, titles))
+    figure, axes = plt.subplots(rows, columns, figsize=(width, rows * (width / columns + 0.12 * lines)), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, title in zip(axes.flat, images, titles):
         axis.imshow(image.permute(1, 2, 0), interpolation="nearest")  # (3, H, W) -> (H, W, 3)
-        axis.set_title(title, fontsize=7, wrap=True)
+        axis.set_title("\n".join(title), fontsize=6, loc="left")
     return figure
 
 
@@ -83,31 +92,31 @@ def spectrum(variance, k):
     return figure
 
 
-def curves(history, value, label):
+def curves(history, value, ylabel):
     """One line per model of `history` (columns model, step, `value`) -> figure."""
     figure, axis = plt.subplots()
     for (name, rows), (colour, line, marker) in zip(history.groupby("model", sort=False), STYLES):
-        axis.plot(rows.step, rows[value], color=colour, linestyle=line, marker=marker, markersize=4, label=name)
-    axis.set(xlabel="training steps", ylabel=label, ylim=(0, None))
+        axis.plot(rows.step, rows[value], color=colour, linestyle=line, marker=marker, markersize=4, label=label(name))
+    axis.set(xlabel="training steps", ylabel=ylabel, ylim=(0, None))
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
-def bars(table, label, reference=None):
+def bars(table, xlabel, reference=None):
     """Horizontal bars of table.value with intervals low..high, one per table.model -> figure.
 
     reference: (value, name) of a vertical line.
     """
     table = table.iloc[::-1]
     figure, axis = plt.subplots(figsize=(6.3, 0.6 + 0.28 * len(table)))
-    axis.barh(table.model, table.value, color="#8fbcd9", edgecolor="black", linewidth=0.6,
+    axis.barh(table.model.map(label), table.value, color="#8fbcd9", edgecolor="black", linewidth=0.6,
               xerr=[table.value - table.low, table.high - table.value], error_kw={"linewidth": 1, "capsize": 2})
     for y, (value, high) in enumerate(zip(table.value, table.high)):
         axis.text(high, y, f"  {value:.3f}", va="center", fontsize=8)
     if reference:
         axis.axvline(reference[0], color="black", linestyle=":", linewidth=1)
         axis.text(reference[0], len(table) - 0.4, f" {reference[1]}", fontsize=7, va="bottom")
-    axis.set(xlabel=label, xlim=(0, min(1.12, 1.18 * table.high.max())))
+    axis.set(xlabel=xlabel, xlim=(0, min(1.12, 1.18 * table.high.max())))
     axis.grid(axis="y", visible=False)
     return figure
 
@@ -119,7 +128,7 @@ def positions(table):
     for number, ((name, rows), (colour, line, marker)) in enumerate(zip(models, STYLES)):
         place = rows.position + 1.6 * (number - (len(models) - 1) / 2)  # side by side, so that intervals stay apart
         axis.errorbar(place, rows.value, yerr=[rows.value - rows.low, rows.high - rows.value], color=colour,
-                      linestyle=line, marker=marker, markersize=4, capsize=2, linewidth=1.2, label=name)
+                      linestyle=line, marker=marker, markersize=4, capsize=2, linewidth=1.2, label=label(name))
     axis.axhline(0.5, color="black", linewidth=0.8)
     axis.axvline(77, color="black", linestyle="--", linewidth=1)
     axis.text(78, 1.01, "77 tokens", fontsize=8)
@@ -168,7 +177,7 @@ def pdf(profile):
     """Compile report/report.typ; its numbers come from results/*/*.csv (for `smoke`, all from runs/smoke/results)."""
     import typst
 
-    folders = {name: results_folder(profile if profile == "smoke" else name) for name in ("scenes", "flickr8k")}
+    folders = {name: results_folder(profile if profile == "smoke" else name) for name in ("scenes", "flickr8k", "ablation")}
     missing = {str(folder) for folder in folders.values() if not (ROOT / folder / "provenance.json").exists()}
     if missing:
         raise FileNotFoundError(f"the report needs {' and '.join(sorted(missing))}: run `make report PROFILE=...` for it first")
@@ -205,11 +214,11 @@ def readme_tables():
     def result(profile, metric):
         table = pd.read_csv(ROOT / f"results/{profile}/retrieval.csv").query("task == 'long' and metric == @metric")
         value = table.apply(lambda row: f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]", axis=1)
-        return table.assign(value=value, model="`" + table.model + "`").set_index("model")
+        return table.assign(value=value, model=table.model.map(label)).set_index("model")
 
     scenes, flickr = result("scenes", "t2i_r1"), result("flickr8k", "t2i_r10")
     late = pd.read_csv(ROOT / "results/scenes/details.csv").query("attribute == 'all' and part == 'from 77'")
-    late = late.assign(model="`" + late.model + "`").set_index("model").value.map("{:.2f}".format)
+    late = late.assign(model=late.model.map(label)).set_index("model").value.map("{:.2f}".format)
     results = pd.DataFrame({"context": scenes.context, "scenes": scenes.value, "late": late, "flickr8k": flickr.value})
     heads = {"model": "model", "context": "reads (tokens)", "scenes": "scenes: long caption finds its image first (R@1 of 1,000)",
              "late": "detail named after token 77 (chance 0.5)", "flickr8k": "Flickr8k: image among the first ten (R@10 of 1,000)"}

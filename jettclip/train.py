@@ -15,12 +15,11 @@ import contextlib
 import json
 import math
 import os
-import pickle
 import subprocess
 import sys
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ import torch.distributed as dist
 from torch import nn
 
 from . import features as caches
-from .checkpoints import save_folder, write_json, write_then_rename
+from .checkpoints import fill, load_checkpoint, save_checkpoint, save_folder, write_json, write_then_rename
 from .data import PairDataset, epoch_batches, in_order, loader
 from .evaluate import embed, ranks
 from .losses import Heads, parse_method, total_loss
@@ -157,12 +156,11 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=print,
         raise ValueError(f"{len(dataset)} training pairs do not fill one batch of {config.batch_size}: lower batch_size")
     if dist.is_initialized() and config.batch_size % dist.get_world_size():
         raise ValueError(f"batch_size {config.batch_size} does not divide among {dist.get_world_size()} processes")
-    widths = [one.image.shape[2] for one in cache or []]
-    heads = None
-    if config.method != "none" and (sum(widths) != model.config["embed_dim"] or "afd" in parse_method(config.method)):
+    widths, device, heads = [one.image.shape[2] for one in cache or []], model.logit_scale.device, None
+    if config.method != "none":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            heads = Heads(config.method, model.config["embed_dim"], sum(widths)).to(model.logit_scale.device)
+            heads = Heads(config.method, model.config["embed_dim"], sum(widths), short_cache and short_cache.image.shape[2]).to(device)
     model.logit_scale.requires_grad_(config.learn_scale)
     settings = {**asdict(config), "weights": list(config.weights), "model": model.name, "model_config": model.config}
     optimizer = optimizer_of(model, config, heads)
@@ -186,7 +184,6 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=print,
     trained = [*model.parameters(), *([] if heads is None else heads.parameters())]
 
     model = model.to(memory_format=torch.channels_last)
-    device = model.logit_scale.device
     clock, began = time.perf_counter(), start
     for step, (rows, ks, *inputs) in enumerate(_batches(dataset, config, start, part), start + 1):
         model.train()
@@ -255,26 +252,6 @@ def _batches(dataset, config, start, part):
         yield from loader(dataset, [batch[part.rows] for batch in batches[first:config.steps - epoch * per_epoch]])
 
 
-def save_checkpoint(folder, state):
-    """Write last.ckpt; the one before stays as previous.ckpt, in case the disk fails this one."""
-    def write(path):
-        torch.save(state, path)
-        if (folder / "last.ckpt").exists():
-            os.replace(folder / "last.ckpt", folder / "previous.ckpt")
-    write_then_rename(folder / "last.ckpt", write)
-
-
-def load_checkpoint(folder, report):
-    """The newest whole checkpoint of a run folder, or None where it has none."""
-    for name in ("last.ckpt", "previous.ckpt"):
-        if (folder / name).exists():
-            try:
-                return torch.load(folder / name, weights_only=True)
-            except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-                report(f"{folder / name} is damaged and not used: {str(error).splitlines()[0][:100]}")
-    return None
-
-
 def _not_finite(folder, step, terms, features, keys, model, optimizer):
     """Save what is needed to look into a loss that is no number -> the error's text."""
     bad = torch.stack([~torch.isfinite(f).all(dim=1) for f in features if f is not None]).any(dim=0)
@@ -293,7 +270,8 @@ def run(job, report=print):
     """Train the student that `job` describes, a mapping that JSON can hold, and return it.
 
     job: folder, data (a folder with train.parquet and val.parquet), caches (folders of the teachers' features),
-    short_cache (a folder or None), model, text_tower, image_size, context_length, crops (stored crops to use; 0: all), config.
+    short_cache (a folder or None), model, text_tower, image_size, context_length, crops (stored crops to use; 0: all), config;
+    start: None, or the steps and the stretch mode of a student that first learns short captions at 77 tokens, as its teacher did.
     """
     tables = {split: pd.read_parquet(Path(job["data"]) / f"{split}.parquet") for split in ("train", "val")}
     fingerprint = caches.fingerprint(tables["train"])
@@ -303,10 +281,20 @@ def run(job, report=print):
     dataset = PairDataset(tables["train"], job["image_size"], job["context_length"], crops)
     val = PairDataset(tables["val"], job["image_size"], job["context_length"])
     config = Config(**job["config"])
-    torch.manual_seed(config.seed)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    student = create_model(job["model"], device=device, text_tower=job["text_tower"], context_length=job["context_length"],
-                           image_size=job["image_size"])
+
+    def new(context_length):
+        torch.manual_seed(config.seed)
+        return create_model(job["model"], device=device, text_tower=job["text_tower"], context_length=context_length,
+                            image_size=job["image_size"])
+
+    student = new(job["context_length"])
+    if job.get("start"):
+        short_only = PairDataset(tables["train"].assign(long=tables["train"].short), job["image_size"], 77, crops)
+        plain = replace(config, steps=job["start"]["steps"], method="none", method_weights={}, weights=(1.0, 0.0, 0.0, 0.0))
+        original = fit(new(77), plain, short_only, Path(job["folder"]) / "clip77", report=report)
+        fill(student, original.state_dict(), "clip77", job["start"]["stretch"])
+        torch.manual_seed(config.seed)
 
     def recall(student):
         image, long, _ = embed(student, val)
@@ -323,7 +311,7 @@ def start(job, processes=1):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
                "-m", "jettclip.train", str(job)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as workers:
-        tail = deque(maxlen=40)
+        tail = deque(maxlen=100)
         for line in workers.stdout:
             print(line, end="", flush=True)
             tail.append(line)

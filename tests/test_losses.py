@@ -188,7 +188,73 @@ def test_unknown_method(method, nearest):
         distill_loss(method, *STUDENT, *TEACHER, **SCALES)
 
 
-@pytest.mark.parametrize("method", ["fd", "crd", "crd+fd"])
+def test_relational_distillation_by_hand():
+    """Two pairs in two dimensions, every similarity 0 or 1: the rows are softmax(t, 0) or softmax(0, t), or even."""
+    eye, swapped = torch.eye(2), torch.eye(2).flip(0)
+
+    def kl(one, other):
+        one, other = torch.tensor(one).log_softmax(0), torch.tensor(other).log_softmax(0)
+        return (one.exp() * (one - other)).sum().item()
+
+    apart = (kl([3.0, 0.0], [0.0, 3.0]) + kl([0.0, 3.0], [3.0, 0.0])) / 2
+    scales = {"student_scale": 3.0, "teacher_scale": 1.0}
+    assert distill_loss("rd", eye, eye, eye, eye, **scales).item() == pytest.approx(0, abs=1e-6)
+    # the text side is swapped: its rows find the other teacher, of image and of text
+    assert distill_loss("rd", eye, swapped, eye, eye, **scales).item() == pytest.approx(2 * apart, rel=1e-5)
+    # the teacher's text as well: texts agree with texts as images do with images, and both cross ways are swapped alike
+    assert distill_loss("rd", eye, swapped, eye, swapped, **scales).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_what_is_needed_is_asked_for():
+    wide = [F.normalize(drawn(name, 24, 48), dim=1) for name in ("a", "b")]
+    with pytest.raises(ValueError, match="width 32 and teacher features of width 48: give distill_loss heads"):
+        distill_loss("fd", *STUDENT, *wide, **SCALES)
+    assert torch.isfinite(distill_loss("crd", *STUDENT, *wide, **SCALES))
+    with pytest.raises(ValueError, match="afd learns to fuse features: give distill_loss heads"):
+        distill_loss("afd", *STUDENT, *TEACHER, **SCALES)
+
+
+def test_two_equal_teachers_are_one():
+    twice = [torch.cat([side, side], 1) for side in TEACHER]
+    one = distill_loss("crd", *STUDENT, *TEACHER, **SCALES)
+    assert distill_loss("crd", *STUDENT, *twice, teacher_widths=[32, 32], **SCALES).item() == pytest.approx(one.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_parts_of_a_batch_average_to_the_whole(method):
+    """Three processes of 8 rows each; what they would send each other is worked out beforehand."""
+    heads = Heads(method, 32, 32)
+    whole = distill_loss(method, *STUDENT, *TEACHER, heads=heads, **SCALES)
+    normalisers = iter([])
+    if method == "gd":  # asks for the normalisers of all rows: student's and teacher's, both ways
+        sides = [F.normalize(f, dim=1) for f in STUDENT]
+        pairs = [(a[::way], scale) for way in (1, -1) for a, scale in ((sides, SCALES["student_scale"]), (list(TEACHER), 100.0))]
+        normalisers = iter([(scale * q @ k.T).logsumexp(1) for (q, k), scale in pairs] * 3)
+    parts = [Part(slice(i, i + 8), lambda local: next(normalisers)) for i in (0, 8, 16)]
+    losses = [distill_loss(method, *STUDENT, *TEACHER, heads=heads, part=part, **SCALES) for part in parts]
+    assert torch.stack(losses).mean().item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_a_second_teacher_for_short_captions():
+    """It replaces the primary components of the first one's image features, and its short captions."""
+    settings = {"method": "crd", "components": 6}
+    image, short = F.normalize(drawn("i", 24, 20), dim=1), F.normalize(drawn("s", 24, 20), dim=1)
+    _, terms = total_loss(LONG_AND_SHORT, TAUGHT, 10.0, short_teacher=(image, short), **settings)
+    _, before = total_loss(LONG_AND_SHORT, TAUGHT, 10.0, **settings)
+    components = primary_components(F.normalize(LONG_AND_SHORT[0], dim=1), 6)
+    expected = 0.5 * distill_loss("crd", components, LONG_AND_SHORT[2], image, short, student_scale=10.0, teacher_scale=100.0)
+    assert terms["distill_short"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert terms["distill_long"] == before["distill_long"] and terms["distill_short"] != before["distill_short"]
+
+
+def test_masked_feature_distillation_is_of_the_long_side():
+    masked = drawn("masked", 24, 32)
+    _, terms = total_loss(LONG_AND_SHORT, TAUGHT, 10.0, method="mfd", masked_image=masked)
+    assert terms.keys() == {"contrastive_long", "contrastive_short", "distill_long"}
+    assert terms["distill_long"].item() == pytest.approx(1.5 * F.mse_loss(F.normalize(masked, dim=1), TAUGHT[0]).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["fd", "crd", "crd+fd", "cross_kd", "gd"])
 def test_a_perfect_student_has_no_distillation_loss(method):
     """At equal scales, whatever the lengths of its features."""
     image, text = (3 * f for f in TEACHER)

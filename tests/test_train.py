@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from conftest import MODELS_AND_TOWERS, tiny_model
 
 from jettclip import create_model
+from jettclip.checkpoints import load_folder, write_json
 from jettclip.data import PairDataset, draw_crops
 from jettclip.features import FeatureCache
+from jettclip.losses import WHOLE, Part
 from jettclip.scenes import make_pairs
-from jettclip.train import Config, fit, learning_rate, optimizer_of
+from jettclip.train import Config, fit, hide_patches, learning_rate, optimizer_of, start
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"steps": 8, "batch_size": 6, "warmup": 2, "save_every": 2, "eval_every": 3, "components": 4}
@@ -142,6 +144,98 @@ def test_same_seed_same_weights(finished, data, tmp_path):
     assert weights(tmp_path / "other") != weights(finished)
 
 
+@pytest.mark.parametrize("damage", ["truncated", "missing", "garbage"])
+def test_a_damaged_checkpoint_is_not_used(damage, finished, data, tmp_path):
+    """The one before it is; the run ends with the same weights."""
+    def stop(line):
+        if "step 6/8" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, data, report=stop, save_every=1)
+    last = tmp_path / "last.ckpt"
+    if damage == "missing":  # killed between the two renames
+        last.unlink()
+    else:
+        last.write_bytes(last.read_bytes()[:5000] if damage == "truncated" else b"garbage")
+    lines = []
+    run(tmp_path, data, report=lines.append, save_every=1)
+    if damage != "missing":
+        assert "last.ckpt is damaged and not used" in lines.pop(0)
+    assert lines[0] == f"resumed {tmp_path.name} at step 4 of 8"
+    assert weights(tmp_path) == weights(finished) and history(tmp_path).equals(history(finished))
+
+
+# ---- what a loss learns, masks, jobs
+
+def test_learned_maps_are_trained_and_not_part_of_the_student(data, tmp_path):
+    narrow = {"model": tiny_model(embed_dim=12)}
+    names = set(narrow["model"].state_dict())
+    run(tmp_path, data, method="fd+afd", steps=4, **narrow)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["heads"]
+    assert saved["image.weight"].shape == (16, 12) and saved["fuse_text.weight"].shape == (12, 28)
+    assert set(load_folder(tmp_path / "student").state_dict()) == names
+    before = torch.load(tmp_path / "previous.ckpt", weights_only=True)["heads"]
+    assert all((saved[key] != before[key]).any() for key in saved)
+
+
+def test_killed_run_with_heads_and_masks_goes_on(data, tmp_path):
+    def stop(line):
+        if "step 6/8" in line:
+            raise KeyboardInterrupt
+
+    run(tmp_path / "whole", data, method="afd+mfd+crd")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", data, method="afd+mfd+crd", report=stop)
+    run(tmp_path / "parts", data, method="afd+mfd+crd")
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_masks_follow_from_seed_step_and_row():
+    images = torch.rand(6, 3, 64, 64) + 0.1
+    masked = hide_patches(images, 0, 3, WHOLE, 6)
+    hidden = (masked == 0).all(dim=1)
+    assert torch.equal(masked[~hidden[:, None].expand_as(masked)], images[~hidden[:, None].expand_as(images)])
+    assert 0.65 < hidden.float().mean() < 0.85
+    patches = hidden.unflatten(1, (8, 8)).unflatten(3, (8, 8)).float().mean(dim=(2, 4))
+    assert set(patches.unique().tolist()) == {0.0, 1.0}
+    part = Part(slice(2, 4), WHOLE.gather)
+    assert torch.equal(hide_patches(images[2:4], 0, 3, part, 6), masked[2:4])
+    assert not torch.equal(hide_patches(images, 0, 4, WHOLE, 6), masked)
+
+
+def test_several_teachers_and_one_for_short_captions(data, tmp_path):
+    dataset, cache = data
+    lines = []
+    fit(tiny_model(), Config(**{**SETTINGS, "method": "crd+fd", "steps": 2}), dataset, tmp_path, [cache, cache],
+        report=lines.append, short_cache=cache)
+    assert "distill_short" in lines[-1]
+
+
+def test_the_scale_can_be_frozen(data, tmp_path):
+    assert run(tmp_path / "a", data, learn_scale=False, steps=3).logit_scale.item() == tiny_model().logit_scale.item()
+    assert run(tmp_path / "b", data, steps=3).logit_scale.item() != tiny_model().logit_scale.item()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_job_is_trained_in_one_process_or_two(processes, tmp_path, capsys):
+    table = make_pairs(24, seed=1, size=64)
+    for split in ("train", "val"):
+        table.to_parquet(tmp_path / f"{split}.parquet")
+    FeatureCache.build(tmp_path / "cache", create_model("LongCLIP-T"), "t", table, PairDataset(table, 64), report=lambda line: None)
+    job = {"folder": str(tmp_path / "run"), "data": str(tmp_path), "caches": [str(tmp_path / "cache")], "model": "JettCLIP-T",
+           "text_tower": "length_aware", "image_size": 64, "context_length": 77, "crops": 0,
+           "config": {"steps": 2, "batch_size": 8, "method": "crd", "components": 4, "eval_every": 1}}
+    write_json(tmp_path / "job.json", job)
+    start(tmp_path / "job.json", processes)
+    assert "run step 2/2 loss" in capsys.readouterr().out
+    assert len(history(tmp_path / "run")) == 2 and load_folder(tmp_path / "run/student").name == "JettCLIP-T"
+    if processes == 2:
+        write_json(tmp_path / "job.json", {**job, "folder": str(tmp_path / "odd"), "config": {**job["config"], "batch_size": 7}})
+        with pytest.raises(RuntimeError, match="batch_size 7 does not divide among 2 processes"):
+            start(tmp_path / "job.json", processes)
+
+
 # ---- refusals
 
 @pytest.mark.parametrize("changes, named", [({"lr": 1e-4}, r"\(lr\)"), ({"method": "fd"}, r"\(method\)"),
@@ -165,16 +259,37 @@ def test_distillation_needs_a_cache(data, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("setting, nearest", [({"method": "crdd"}, "'crd'"), ({"pairs": "bot"}, "'both'")])
+@pytest.mark.parametrize("setting, nearest", [({"method": "crdd"}, "'crd'"), ({"method_weights": {"icll": 1}}, "'icl'"), ({"pairs": "bot"}, "'both'")])
 def test_unknown_settings(setting, nearest):
     with pytest.raises(ValueError, match=f"did you mean {nearest}"):
         Config(steps=1, **setting)
+
+
+def test_weight_of_a_method_that_is_not_used():
+    with pytest.raises(ValueError, match="method_weights has 'fd', which is no part of the method 'crd'"):
+        Config(steps=1, method="crd", method_weights={"fd": 2.0})
 
 
 def test_loss_that_is_not_a_number(data, tmp_path):
     with pytest.raises(FloatingPointError, match="loss is nan at step 2 of .*contrastive_long.*a lower lr"):
         run(tmp_path, data, lr=float("inf"), warmup=0)
     assert not (tmp_path / "last.ckpt").exists() and not (tmp_path / "student").exists()
+
+
+def test_rows_that_are_not_numbers_are_named(data, tmp_path, monkeypatch):
+    dataset, cache = data
+    rows = FeatureCache.rows
+
+    def with_nan(self, index, k):
+        features = rows(self, index, k)
+        features[1][np.asarray(index) == 3] = float("nan")
+        return features
+
+    monkeypatch.setattr(FeatureCache, "rows", with_nan)
+    with pytest.raises(FloatingPointError, match=f"features are not finite of the rows {dataset.keys[3]}; weights are in .*not-finite.ckpt"):
+        run(tmp_path, data)
+    saved = torch.load(tmp_path / "not-finite.ckpt", weights_only=True)
+    assert saved["keys"] == [dataset.keys[3]] and saved["model"].keys() == tiny_model().state_dict().keys()
 
 
 # ---- one step
