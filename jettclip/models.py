@@ -127,12 +127,23 @@ class CLIP(nn.Module):
         return self.encode_image(image, True), self.encode_text(tokens, True), self.logit_scale.exp()
 
 
+class StridedPointwise(nn.Conv2d):
+    """A strided 1 x 1 convolution that leaves out pixels first. The same numbers, without a bug: for a few channels in the
+    channels-last format, oneDNN's backward pass of the strided one writes where it must not, and crashes (its issue 6035)."""
+
+    def forward(self, x):
+        return F.conv2d(x[:, :, ::self.stride[0], ::self.stride[1]], self.weight, self.bias, groups=self.groups)
+
+
 class TimmImage(nn.Module):
     """A timm model as image tower; named as in open_clip's TimmModel, so that state dicts agree."""
 
     def __init__(self, name, embed_dim, pool, **sizes):
         super().__init__()
         self.trunk = timm.create_model(name, num_classes=embed_dim, global_pool=pool, **sizes)
+        for module in self.trunk.modules():
+            if type(module) is nn.Conv2d and module.kernel_size == (1, 1) and module.stride != (1, 1) and module.in_channels < 16:
+                module.__class__ = StridedPointwise  # in the stem
 
     def forward(self, image):
         return self.trunk(image)  # (B, 3, H, W) -> (B, embed_dim)

@@ -1,4 +1,7 @@
 """Names become models of the promised sizes, mistakes name the nearest word, folding keeps the outputs."""
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -133,3 +136,21 @@ def test_pixels_are_scaled_and_nothing_else():
     assert torch.allclose(tensor, torch.tensor([1, 0, 0.2]).view(3, 1, 1).expand(3, 32, 32))
     square = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
     assert torch.allclose(val(square), square / 255)
+
+
+@pytest.mark.parametrize("size", [64, 96, 128])
+def test_sizes_at_which_a_channels_last_stem_crashed(size):
+    """In a process of its own, as that is what oneDNN's bug would end; and with the plain format's gradient."""
+    code = f"""
+import torch, jettclip
+gradients = []
+for memory_format in (torch.contiguous_format, torch.channels_last):
+    torch.manual_seed(0)
+    model = jettclip.create_model("JettCLIP-T").to(memory_format=memory_format).train()
+    images = torch.rand(4, 3, {size}, {size}, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=memory_format)
+    model.encode_image(images).square().sum().backward()
+    gradients.append(model.visual.trunk.stem[0].conv_scale.conv.weight.grad)
+print(torch.allclose(*gradients, rtol=1e-3, atol=1e-4 * gradients[0].abs().max().item()))
+"""
+    step = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert step.returncode == 0 and step.stdout.strip() == "True", step.stderr + step.stdout
