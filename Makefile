@@ -14,13 +14,15 @@ BIN      = $(VENV)/bin
 SNAKEMAKE_FLAGS = --cores $${OMP_NUM_THREADS:-all} --nolock --rerun-incomplete \
 	--rerun-triggers params input mtime --scheduler greedy $(QUIET)
 
+# Cores of each student's training; THREADS=1 trains several side by side, which is faster for a long list of them.
+THREADS ?=
 # Real captions for bench-models, a Parquet file with a column `text`; without it those of scenes are used.
 CAPTIONS ?=
 
 .PHONY: help setup test report readme lab bench-models bench-losses clean
 
 help:
-	@echo "make report [PROFILE=scenes]  run the notebooks of a profile, build report/build/report.pdf"
+	@echo "make report [PROFILE=scenes]  run the notebooks of a profile, build report/build/report.pdf [THREADS=1]"
 	@echo "make test                     run the tests"
 	@echo "make lab                      open the notebooks in JupyterLab"
 	@echo "make readme                   make the tables in README.md anew from results/"
@@ -54,7 +56,7 @@ test: setup
 
 report: setup
 	@$(BIN)/python -m jettclip.pipeline check $(PROFILE)
-	@$(BIN)/python -m snakemake $(SNAKEMAKE_FLAGS) --config profile=$(PROFILE) || { \
+	@$(BIN)/python -m snakemake $(SNAKEMAKE_FLAGS) --config profile=$(PROFILE) $(if $(THREADS),threads=$(THREADS)) || { \
 		echo "Stopped. If no line above says why: make report PROFILE=$(PROFILE) QUIET="; exit 1; }
 	@echo "The report is in report/build"
 

@@ -34,9 +34,10 @@ PDF = pipeline.report_pdf(P)
 RUN = f'exec "{sys.executable}" -m jettclip.pipeline run --profile {P}'
 # The lines on progress count from here; jobs inherit it.
 os.environ.setdefault("JETTCLIP_STARTED", str(time.time()))
-# Each notebook uses all cores, so one runs at a time. Snakemake sets OMP_NUM_THREADS of a job to this number;
-# at its default, 1, torch would use a single core.
+# Each notebook uses all cores, so one runs at a time; with `--config threads=1`, as many students as there are cores are
+# trained side by side. Snakemake sets OMP_NUM_THREADS of a job to this number; at its default torch would use a single core.
 THREADS = workflow.cores or 1
+TRAIN_THREADS = min(THREADS, int(config.get("threads", THREADS)))
 
 
 wildcard_constraints:
@@ -97,7 +98,7 @@ rule train:
         RUNS + "/{variant}/done.json",  # no more: Snakemake deletes outputs first; last.ckpt has to stay
     params:
         made_by=lambda wildcards: STEPS[f"02_train {wildcards.variant}"].made_by,
-    threads: THREADS
+    threads: TRAIN_THREADS
     priority: lambda wildcards: len(VARIANTS) - VARIANTS.index(wildcards.variant)  # in the profile's order
     shell:
         "{RUN} 02_train --variant {wildcards.variant:q}"
