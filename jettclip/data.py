@@ -12,59 +12,39 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as transform
 
-from . import scenes
+from . import collage, scenes, sources
 from .models import nearest
+from .sources import SPLITS
 from .text import tokenizer
 
 COLUMNS = ["image", "long", "short", "split", "key"]
-SPLITS = ("train", "val", "test")
 
 
-def load_pairs(source, root=None, split="train", n=None, seed=0, image_size=64):
+def load_pairs(source, root=None, split="train", n=None, seed=0, image_size=64, draws=1):
     """The pairs of `split` ("train", "val" or "test") of `source`, at most `n`: a pandas table with COLUMNS.
 
-    scenes: drawn on the spot at `image_size`. flickr8k: `root` (or the environment variable JETTCLIP_DATA) names the
-    folder of flickr8k_*.parquet; long = the five captions in an order shuffled per image, short = the first of them.
+    `scenes` are drawn on the spot at `image_size`; `collage` is put together from Flickr8k's photographs. The others are
+    read from the folder `root` (or the environment variable JETTCLIP_DATA), laid out as `jettclip.sources` says. Where an
+    image has several captions, `draws` > 1 adds the list columns longs and shorts: so many other orders of them.
     """
-    if source not in SOURCES:
-        raise ValueError(nearest(source, SOURCES, "data source"))
+    known = ["scenes", "collage", *sources.SOURCES]
+    if source not in known:
+        raise ValueError(nearest(source, known, "data source"))
     if split not in SPLITS:
         raise ValueError(nearest(split, SPLITS, "split"))
-    return SOURCES[source](root, split, n, seed, image_size)
-
-
-def _scenes(root, split, n, seed, image_size):
-    if n is None:
-        raise ValueError("scenes are drawn without end: say how many with n")
-    return scenes.make_pairs(n, seed=3 * seed + SPLITS.index(split), size=image_size, split=split)
-
-
-def _flickr8k(root, split, n, seed, image_size):
+    if source in ("scenes", "collage") and n is None:
+        raise ValueError(f"{source} are drawn without end: say how many with n")
+    if source == "scenes":
+        return scenes.make_pairs(n, seed=3 * seed + SPLITS.index(split), size=image_size, split=split)
     root = root or os.environ.get("JETTCLIP_DATA")
-    files = sorted(Path(root).expanduser().glob(f"flickr8k_*_{split}.parquet") if root else [],
-                   key=lambda f: int(f.name.split("_")[1].removesuffix("px")))
-    if not files:
-        raise FileNotFoundError(
-            f"no flickr8k_<size>px_{split}.parquet in {str(root or '')!r}: set the parameter data_root or the environment "
-            "variable JETTCLIP_DATA to the folder that holds Flickr8k (Hodosh et al., 2013) as Parquet files with the "
-            "columns image (JPEG bytes), filename, captions (list of 5), split")
-    table = pd.read_parquet(files[0])  # the smallest size
-    missing = {"image", "filename", "captions"} - set(table.columns)
-    if missing:
-        raise ValueError(f"{files[0]} lacks the column(s) {', '.join(sorted(missing))}; it has {', '.join(table.columns)}")
-    table = table.head(n) if n else table
-    rng = np.random.default_rng([seed, SPLITS.index(split)])
-    orders = [rng.permutation(len(captions)) for captions in table.captions]
-    captions = [[_sentence(five[i]) for i in order] for five, order in zip(table.captions, orders)]
-    return pd.DataFrame({"image": table.image, "long": [" ".join(five) for five in captions],
-                         "short": [five[0].rstrip(".") for five in captions], "split": split, "key": table.filename})
-
-
-def _sentence(caption):
-    return caption.strip().rstrip(" .") + "."
-
-
-SOURCES = {"scenes": _scenes, "flickr8k": _flickr8k}
+    if source == "collage":
+        photos = sources.read_flickr8k(root, split)
+        return collage.make_pairs(list(photos.image), list(photos.captions), n, seed, image_size, split)
+    table = sources.SOURCES[source](root, split, seed)
+    if draws > 1:
+        others = [sources.SOURCES[source](root, split, [seed, draw]) for draw in range(draws)]
+        table["longs"], table["shorts"] = (list(map(list, zip(*(other[side] for other in others)))) for side in ("long", "short"))
+    return table.head(n) if n else table
 
 
 def read_image(image):
@@ -127,24 +107,37 @@ def crop(image, box, image_size):
 class PairDataset(Dataset):
     """Rows of a pairs table as tensors; decoded images and token ids are kept in memory.
 
-    `dataset[row, k]` is the row seen through its k-th crop; without `crops` the whole image, resized.
+    `dataset[row, k]` is the row seen through its k-th crop; without `crops` the whole image, resized. draws: take the
+    captions from the table's longs and shorts, those of crop k in the k-th order (and round again).
     """
 
-    def __init__(self, table, image_size, context_length=248, crops=None):
+    def __init__(self, table, image_size, context_length=248, crops=None, draws=False):
         self.image_size = image_size
         self.images = [read_image(image) for image in table.image]
         tokenize = tokenizer(context_length)
-        self.long, self.short = tokenize(list(table.long)), tokenize(list(table.short))  # (N, context_length)
+        longs, shorts = (table.longs, table.shorts) if draws else ([[long] for long in table.long], [[short] for short in table.short])
+        self.longs, self.shorts = (torch.stack([tokenize(list(draw)) for draw in zip(*each)], 1) for each in (longs, shorts))  # (N, J, L)
         self.keys = list(table.key)
         self.sizes = np.array([image.shape[1:] for image in self.images])
         self.crops = draw_crops(self.sizes, 1, seed=0) if crops is None else crops
+
+    @property
+    def long(self):
+        """Tokens of the long captions (N, L), in their first order."""
+        return self.longs[:, 0]
+
+    @property
+    def short(self):
+        """Tokens of the short captions (N, L), those of the first order."""
+        return self.shorts[:, 0]
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, row_and_crop):
         row, k = row_and_crop
-        return row, k, crop(self.images[row], self.crops[row, k], self.image_size), self.long[row], self.short[row]
+        draw = k % self.longs.shape[1]
+        return row, k, crop(self.images[row], self.crops[row, k], self.image_size), self.longs[row, draw], self.shorts[row, draw]
 
 
 def epoch_batches(n, batch_size, seed, epoch, crops=1):
