@@ -34,6 +34,8 @@ def load_pairs(source, root=None, split="train", n=None, seed=0, image_size=64, 
         raise ValueError(nearest(split, SPLITS, "split"))
     if source in ("scenes", "collage") and n is None:
         raise ValueError(f"{source} are drawn without end: say how many with n")
+    if draws > 1 and source not in ("flickr8k", "coco", "karpathy"):
+        raise ValueError(f"{source} has no several captions of an image, so no {draws} orders of them: set caption_draws to 1")
     if source == "scenes":
         return scenes.make_pairs(n, seed=3 * seed + SPLITS.index(split), size=image_size, split=split)
     root = root or os.environ.get("JETTCLIP_DATA")

@@ -78,6 +78,21 @@ def test_flickr8k(flickr8k, monkeypatch):
     assert not load_pairs("flickr8k", seed=1).long.equals(pairs.long)
 
 
+def test_captions_in_other_orders(flickr8k):
+    pairs = load_pairs("flickr8k", flickr8k, draws=3)
+    assert pairs[COLUMNS].equals(load_pairs("flickr8k", flickr8k))
+    parts = [[sorted(long.removesuffix(".").split(". ")) for long in longs] for longs in pairs.longs]
+    assert all(len(each) == 3 and each[0] == each[1] == each[2] for each in parts)
+    assert any(len(set(longs)) > 1 for longs in pairs.longs)
+    assert all(long.startswith(short + ".") for row in pairs.itertuples() for long, short in zip(row.longs, row.shorts))
+    dataset = PairDataset(pairs, 16, 77, draw_crops([(128, 128)] * 8, 4, seed=0), draws=True)
+    encode = PairDataset(pairs.assign(long=[longs[1] for longs in pairs.longs]), 16, 77)
+    assert torch.equal(dataset[2, 1][3], encode.long[2])
+    assert torch.equal(dataset[5, 3][3], dataset[5, 0][3]) and torch.equal(dataset[5, 3][4], dataset.short[5])
+    with pytest.raises(ValueError, match="scenes has no several captions of an image"):
+        load_pairs("scenes", n=3, draws=2)
+
+
 def test_flickr8k_missing(flickr8k, monkeypatch):
     with pytest.raises(FileNotFoundError, match="flickr8k_<size>px_test.parquet .*JETTCLIP_DATA.*columns"):
         load_pairs("flickr8k", flickr8k, split="test")
