@@ -96,9 +96,11 @@ def frozen_statistics(model):
     saved = [(module.momentum, module.num_batches_tracked.clone()) for module in norms]
     for module in norms:
         module.momentum = 0.0
-    yield
-    for module, (momentum, tracked) in zip(norms, saved):
-        module.momentum, module.num_batches_tracked = momentum, tracked
+    try:
+        yield
+    finally:
+        for module, (momentum, tracked) in zip(norms, saved):
+            module.momentum, module.num_batches_tracked = momentum, tracked
 
 
 def encode(model, inputs, bf16=False):
