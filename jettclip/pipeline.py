@@ -173,7 +173,8 @@ def plan(profile, root="."):
                               for key, (default, comment) in declared[notebook].items() if key in passed}
                 done = root / "runs" / profile / folder.format(variant=variant) / "done.json"
                 code = code_hash(root / f"notebooks/{notebook}.ipynb")
-                made_by = json.dumps({"code": code, "parameters": parameters}, sort_keys=True)
+                counted = {key: value for key, value in parameters.items() if key != "profile"}  # a name changes no result
+                made_by = json.dumps({"code": code, "parameters": counted}, sort_keys=True)
                 steps[label] = Step(label, notebook, done, parameters, made_by)
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"notebooks/profiles/{profile}.yaml: {error}") from None
