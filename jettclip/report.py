@@ -158,10 +158,13 @@ def speed(table):
 
 def provenance():
     """What produced a result: commit, versions, hardware, threads."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True)
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")  # results change by being made anew
     packages = ("torch", "torchvision", "timm", "open_clip_torch", "numpy", "pandas")
     cpu = [line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")]
-    return {"commit": commit.stdout.strip() or "unknown", "python": platform.python_version(),
+    return {"commit": git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "") or "unknown", "python": platform.python_version(),
             **{package: importlib.metadata.version(package) for package in packages},
             "cpu": cpu[0] if cpu else platform.processor(), "cores": len(cpu) or None, "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
