@@ -50,7 +50,7 @@ def test_same_numbers_same_file(tmp_path):
 
 def test_a_missing_result_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    with pytest.raises(FileNotFoundError, match="the report needs results/ablation and results/flickr8k and results/scenes: run `make report PROFILE"):
+    with pytest.raises(FileNotFoundError, match="the report needs results/flickr8k and results/scenes: run `make report PROFILE"):
         report.pdf("scenes")
 
 
