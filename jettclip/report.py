@@ -180,11 +180,12 @@ def pdf(profile):
     """Compile report/report.typ; its numbers come from results/*/*.csv (for `smoke`, all from runs/smoke/results)."""
     import typst
 
-    folders = {name: results_folder(profile if profile == "smoke" else name) for name in ("scenes", "flickr8k", "ablation")}
+    folders = {name: results_folder(profile if profile == "smoke" else name) for name in ("scenes", "flickr8k", "ablation", "settings")}
     missing = {name for name, folder in folders.items() if not (ROOT / folder / "provenance.json").exists()}
     folders = {name: folder for name, folder in folders.items() if name not in missing}
-    if missing - {"ablation"}:  # without ablations, the report says that they were not run
-        raise FileNotFoundError(f"the report needs results/{' and results/'.join(sorted(missing - {'ablation'}))}: "
+    needed = sorted(missing - {"ablation", "settings"})  # without these two, the report says that they were not run
+    if needed:
+        raise FileNotFoundError(f"the report needs results/{' and results/'.join(needed)}: "
                                 "run `make report PROFILE=...` for it first")
     output = ROOT / report_pdf(profile)
     write_then_rename(output, lambda path: typst.compile(
