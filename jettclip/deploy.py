@@ -122,7 +122,7 @@ def caption_tokens(file, shortest, longest, n=32, seed=0):
 
 
 @torch.inference_mode()
-def benchmark_models(names, captions=None, batches=(1, 32), repeats=10):
+def benchmark_models(names, captions=None, batches=(1, 32), repeats=3):
     """Each folded model of `names` (random weights) beside Long-CLIP-B as its code runs it, in fp32 PyTorch.
 
     That reference is open_clip's ViT-B-16-quickgelu with text untrimmed at 248 tokens. All towers of a row group take turns.
@@ -142,7 +142,7 @@ def benchmark_models(names, captions=None, batches=(1, 32), repeats=10):
             groups["text", caption] = {"Long-CLIP-B, reference": lambda t=tokens: reference.encode_text(t[:batch]),
                                        **{name: lambda m=m, t=tokens: m.encode_text(t[:batch]) for name, m in models.items()}}
         for (tower, caption), calls in groups.items():
-            table = benchmark(calls, repeats)
+            table = benchmark(calls, repeats, warmup=1)
             rows.append(table.rename(columns={"name": "model"}).assign(
                 tower=tower, captions=caption, batch=batch, ratio=table.p50_ms[0] / table.p50_ms))
     return pd.concat(rows)[["tower", "captions", "batch", "model", "p50_ms", "p90_ms", "ratio"]]
@@ -202,8 +202,8 @@ def main():
     models.add_argument("--models", nargs="+", default=["JettCLIP-S0", "JettCLIP-S1", "JettCLIP-S2", "JettCLIP-B", "LongCLIP-B"])
     models.add_argument("--captions", help="Parquet file with a column `text`; default: captions of scenes")
     losses = commands.add_parser("losses", help=benchmark_losses.__doc__.splitlines()[0])
-    for command in (models, losses):
-        command.add_argument("--repeats", type=int, default=10)
+    for command, repeats in ((models, 3), (losses, 10)):
+        command.add_argument("--repeats", type=int, default=repeats, help="timings of each call (default: %(default)s)")
     args = parser.parse_args()
     print(f"{torch.get_num_threads()} threads, fp32 PyTorch {torch.__version__}")
     if args.command == "models":
