@@ -281,7 +281,7 @@ def reparameterize(model):
     """A new model in evaluation mode with the same outputs, its foldable branches folded; `model` stays as it is.
 
     Image: RepMixer, MobileOne, large-kernel and positional branches (timm folds these) and the batch norm of every
-    other convolution; channels-last, which a CPU and a GPU both run faster. Text: RepMixer blocks.
+    other convolution; in the channels-last format. Text: RepMixer blocks.
     """
     model = copy.deepcopy(model).eval()
     if model.folded:  # timm cannot fold twice

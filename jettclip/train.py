@@ -30,7 +30,7 @@ from torch import nn
 
 from . import features as caches
 from .checkpoints import fill, load_checkpoint, save_checkpoint, save_folder, write_json, write_then_rename
-from .data import PairDataset, epoch_batches, in_order, loader
+from .data import PairDataset, epoch_batches, loader
 from .evaluate import embed, ranks
 from .losses import Heads, parse_method, total_loss
 from .models import create_model, nearest
