@@ -67,10 +67,10 @@ readme: setup
 	$(BIN)/python -m jettclip.report readme
 
 bench-models: setup
-	$(BIN)/python -m jettclip.deploy models $(if $(CAPTIONS),--captions $(CAPTIONS))
+	$(BIN)/python -m jettclip.bench models $(if $(CAPTIONS),--captions $(CAPTIONS))
 
 bench-losses: setup
-	$(BIN)/python -m jettclip.deploy losses
+	$(BIN)/python -m jettclip.bench losses
 
 clean:
 	@test -f notebooks/profiles/$(PROFILE).yaml || { echo "no profile '$(PROFILE)'"; exit 1; }

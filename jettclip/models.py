@@ -19,7 +19,7 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transformer import QuickGELU, VisionTransformer
 from timm.layers import BatchNormAct2d, ConvNormAct
 from timm.models import register_model
-from timm.models.fastvit import fastvit_mci0
+from timm.models.fastvit import AttentionBlock, LayerScale2d, RepMixerBlock, fastvit_mci0
 from timm.models.vision_transformer_hybrid import vit_base_mci_224
 from timm.utils import reparameterize_model
 from torch import nn
@@ -50,6 +50,7 @@ def vit_base_mci_apple(pretrained=False, **sizes):
 PLAIN = {"mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bilinear"}  # MobileCLIP: [0, 1] and no more
 OPENAI = {"mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD), "interpolation": "bicubic"}
 LONGCLIP_TEXT = {"width": 512, "heads": 8, "layers": 12}  # the text tower of Long-CLIP-B
+IMAGES_AT_ONCE = 4  # in evaluation on a CPU: more do not fit its cache
 TEXT_TOWERS = ("length_aware", "stretched", "longclip")
 
 
@@ -114,7 +115,8 @@ class CLIP(nn.Module):
 
     def encode_image(self, image, normalize=False):
         """Images (B, 3, image_size, image_size) from the model's own transform -> features (B, embed_dim)."""
-        features = self.visual(image)
+        features = self.visual(image) if self.training or image.device.type != "cpu" else torch.cat(
+            [self.visual(part) for part in image.split(IMAGES_AT_ONCE)])
         return F.normalize(features, dim=1) if normalize else features
 
     def encode_text(self, tokens, normalize=False):
@@ -280,8 +282,8 @@ def get_tokenizer(name, context_length=None):
 def reparameterize(model):
     """A new model in evaluation mode with the same outputs, its foldable branches folded; `model` stays as it is.
 
-    Image: RepMixer, MobileOne, large-kernel and positional branches (timm folds these) and the batch norm of every
-    other convolution; in the channels-last format. Text: RepMixer blocks.
+    Image: RepMixer, MobileOne, large-kernel and positional branches (timm folds these) the batch norm of every
+    other convolution, and layer scales; in the channels-last format. Text: RepMixer blocks.
     """
     model = copy.deepcopy(model).eval()
     if model.folded:  # timm cannot fold twice
@@ -297,7 +299,22 @@ def reparameterize(model):
 def _fold_image(trunk):
     trunk = reparameterize_model(trunk)
     for module in trunk.modules():
+        if isinstance(module, RepMixerBlock):
+            _fold_scale(module, "layer_scale", module.mlp.fc2)
+        elif isinstance(module, AttentionBlock):
+            _fold_scale(module, "layer_scale_1", module.token_mixer.proj)
+            _fold_scale(module, "layer_scale_2", module.mlp.fc2)
         if isinstance(module, ConvNormAct) and isinstance(module.bn, BatchNormAct2d):
             module.conv = fuse_conv_bn_eval(module.conv, module.bn)
             module.bn = nn.Sequential(module.bn.drop, module.bn.act)
     return trunk
+
+
+@torch.no_grad()
+def _fold_scale(block, name, layer):
+    """Multiply the layer scale `name` of `block` into `layer`, which it follows."""
+    scale = getattr(block, name)
+    if isinstance(scale, LayerScale2d):
+        layer.weight.mul_(scale.gamma.view(-1, *[1] * (layer.weight.ndim - 1)))
+        layer.bias.mul_(scale.gamma.flatten())
+        setattr(block, name, nn.Identity())

@@ -1,11 +1,10 @@
 """Counts agree with counting by hand, and the clock gives every call its turn."""
-import pandas as pd
 import pytest
 import torch
 from conftest import tiny_model
 
 import jettclip
-from jettclip.deploy import benchmark, benchmark_losses, caption_tokens, gmacs, latency, max_difference, parameters_m
+from jettclip.deploy import benchmark, gmacs, max_difference, pack, parameters_m
 
 
 def layer(length, width, queries=None):
@@ -40,14 +39,6 @@ def test_calls_take_turns():
     assert table.name.tolist() == ["one", "two"] and (table.p50_ms <= table.p90_ms).all() and (table.p50_ms >= 0).all()
 
 
-def test_latency_rows():
-    models = {"teacher": tiny_model().eval(), "student": tiny_model().eval()}
-    tokens = jettclip.get_tokenizer("JettCLIP-T")(["a red ring", "a blue star " * 20])
-    table = latency(models, {name: torch.rand(2, 3, 32, 32) for name in models}, tokens, batches=(1, 2), repeats=2)
-    assert len(table) == 2 * 2 * 2 and (table[table.model == "teacher"].ratio_to_teacher == 1).all()
-    assert table[table.tower == "text"].tokens.tolist() == [5, 5, 62, 62]
-
-
 def test_largest_difference_of_folding():
     model = tiny_model().eval()
     tokens = jettclip.get_tokenizer("JettCLIP-T")(["a red ring", "a blue star " * 20])
@@ -56,17 +47,22 @@ def test_largest_difference_of_folding():
     assert max(max_difference(model, tiny_model(seed=1).eval(), images, tokens)) > 0.01
 
 
-def test_captions_of_a_length(tmp_path):
-    for file, (shortest, longest) in ((None, (60, 180)), (None, (12, 30)), (tmp_path / "captions.parquet", (3, 10))):
-        if file:
-            pd.DataFrame({"text": [f"number {i} of some words, and so on" for i in range(40)]}).to_parquet(file)
-        lengths = caption_tokens(file, shortest, longest).argmax(dim=1) + 1
-        assert len(lengths) == 32 and shortest <= lengths.min() and lengths.max() <= longest
-    with pytest.raises(ValueError, match="only 0 captions of 200 to 248 tokens in .*captions.parquet; 32 are needed"):
-        caption_tokens(tmp_path / "captions.parquet", 200, 248)
+@pytest.mark.parametrize("name, sizes", [("JettCLIP-T", {"image_size": 64}), ("LongCLIP-B", {"vision_layers": 2, "text_layers": 2})])
+def test_packed_weights_change_nothing(name, sizes):
+    torch.manual_seed(0)
+    model = jettclip.create_model(name, **sizes).eval()
+    for one in (model, jettclip.reparameterize(model)):
+        packed = pack(one)
+        tokens = jettclip.get_tokenizer(name)(["a red ring", "a blue star " * 20, "one " * 300])
+        for rows in (3, 1, 3):  # sizes that come again use what is packed
+            images = torch.rand(rows, 3, model.image_size, model.image_size)
+            assert max(max_difference(one, packed, images, tokens[:rows])) < 1e-5
+    assert "encode_image" not in model.__dict__
 
 
-def test_losses_are_all_timed():
-    table = benchmark_losses(batches=(40,), width=36, repeats=2)
-    assert {"svd", "primary_components", "none", "gd", "crd+fd"} <= set(table.what) and (table.p50_ms > 0).all()
-    assert table.set_index("what").ratio[["svd", "none"]].tolist() == [1, 1]
+def test_packed_weights_of_two_models_stay_apart():
+    models = [tiny_model(seed=seed).eval() for seed in (0, 1)]
+    images, tokens = torch.rand(2, 3, 32, 32), jettclip.get_tokenizer("JettCLIP-T")(["a red ring", "a blue star"])
+    packed = [pack(model) for model in models]
+    for model, one in [*zip(models, packed)] * 2:
+        assert max(max_difference(model, one, images, tokens)) < 1e-5
