@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from conftest import randomise
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import QuickGELU, TextTransformer
 
-from jettclip.text import (HybridText, RepMixerBlock, TokenBatchNorm, TransformerText, in_length_groups,
+from jettclip.text import (HybridText, RepMixerBlock, TokenBatchNorm, Tokenizer, TransformerText, in_length_groups,
                            stretch_positions, tokenizer)
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -115,6 +116,26 @@ def test_any_text_becomes_tokens(texts):
     for row in tokens:
         last = (row == 49407).nonzero().max()
         assert row.max() == 49407 and not row[last + 1:].any()
+
+
+def random_text(rng):
+    """A text of anything that may break a tokenizer: words, Unicode, controls, HTML, special tokens, all cases."""
+    pieces = ("the small red ring", "isn't", "I'LL", "don't", "ΑΣ ΟΔΟΣ", "İstanbul", "ß", "漢字", "🙂👩‍👩‍👧", "é", "ﬁ", "“quoted”", "â€™", "&amp;",
+              "&lt;b&gt;", "&", "&amp;amp;", "<end_of_text>", "<START_OF_TEXT>", "1234", "½", "³", "a_b", "...", "--", "\n", "\t", "\r\n", "\x00",
+              "\x1b[31m", "\x1c", "\x85", "\xa0", "\u2028", "\u200b", "\u3000", "\ufeff", "\x7f", "x" * 60, "'s", "'", "Ａ", "𝔘", "e\u0301", "%", "$5")
+    parts = [pieces[i] if kind < 7 else chr(code) if not 0xD800 <= code < 0xE000 else "" for i, kind, code in
+             zip(rng.integers(len(pieces), size=8), rng.integers(10, size=8), (rng.random(8) ** 4 * 0x110000).astype(int))]
+    return "".join(part + " " * space for part, space in zip(parts[:rng.integers(1, 9)], rng.integers(2, size=8)))
+
+
+def test_ids_are_open_clips_on_100000_texts(monkeypatch):
+    monkeypatch.setattr(Tokenizer, "MEMORY", 5000)  # the memory is emptied on the way
+    ours, theirs, rng = Tokenizer(), SimpleTokenizer(context_length=248), np.random.default_rng(0)
+    for _ in range(100_000):
+        text = random_text(rng)
+        assert ours.encode(text) == theirs.encode(text), ascii(text)
+    texts = ["", "long " * 400, "x" * 5000, *(random_text(rng) * 30 for _ in range(50))]
+    assert torch.equal(ours(texts), theirs(texts)) and torch.equal(ours(texts[1], 77), theirs(texts[1], 77))
 
 
 # ---- towers
