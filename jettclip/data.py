@@ -2,22 +2,31 @@
 
 A pairs table has the columns image (encoded bytes or a path), long, short, split, key.
 """
+import io
 import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transform
 
 from . import collage, scenes, sources
-from .models import nearest
+from .models import PLAIN, nearest
 from .sources import SPLITS
 from .text import tokenizer
 
 COLUMNS = ["image", "long", "short", "split", "key"]
+MOST_PIXELS = 100_000_000  # a larger image is taken for a decompression bomb
+IN_MEMORY = 2 << 30        # bytes of decoded images that a PairDataset keeps
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def load_pairs(source, root=None, split="train", n=None, seed=0, image_size=64, draws=1):
@@ -50,11 +59,22 @@ def load_pairs(source, root=None, split="train", n=None, seed=0, image_size=64, 
 
 
 def read_image(image):
-    """Encoded bytes or a path -> uint8 tensor (3, H, W)."""
+    """Encoded bytes or a path -> uint8 tensor (3, H, W), upright.
+
+    Plain JPEG and PNG files go through torchvision, which is fast; whatever is rare (CMYK, palette, alpha, 16 bits, other
+    formats) through Pillow. Raises ValueError, OSError or RuntimeError where there is no whole image.
+    """
     data = Path(image).read_bytes() if isinstance(image, (str, Path)) else image
-    image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB,
-                         apply_exif_orientation=True)
-    return transform.to_dtype(image, torch.uint8, scale=True)  # a 16-bit PNG comes as uint16
+    with Image.open(io.BytesIO(data)) as picture:  # reads the header alone
+        if picture.width * picture.height > MOST_PIXELS:
+            raise ValueError(f"{picture.width} x {picture.height} pixels are more than {MOST_PIXELS:,}")
+        if picture.format in ("JPEG", "PNG") and picture.mode in ("RGB", "L"):
+            return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB,
+                                apply_exif_orientation=True)
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip
+            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+        return transform.pil_to_tensor(picture.convert("RGB"))
 
 
 def clean_pairs(table, context_length=248):
@@ -67,95 +87,169 @@ def clean_pairs(table, context_length=248):
     if missing:
         raise ValueError(f"the pairs table lacks the column(s) {', '.join(missing)}; it has {', '.join(table.columns)}")
     encode = tokenizer(context_length).encode
-    problems, usable = [], np.ones(len(table), dtype=bool)
-    for row, (image, long, short, key) in enumerate(zip(table.image, table.long, table.short, table.key)):
-        for name, caption in (("long", long), ("short", short)):
-            if not isinstance(caption, str) or not caption.strip(" ."):
-                problems.append((key, f"empty {name} caption, left out"))
-                usable[row] = False
+
+    def check(row):
+        image, long, short = row
+        captions = ("long", long), ("short", short)
+        fatal = [f"empty {name} caption, left out" for name, caption in captions
+                 if not isinstance(caption, str) or not caption.strip(" .")]
         try:
             read_image(image)
-        except (RuntimeError, ValueError, TypeError, OSError) as error:
-            problems.append((key, f"unreadable image, left out: {str(error).splitlines()[0]}"))
-            usable[row] = False
-        for name, caption in (("long", long), ("short", short)) if usable[row] else ():
-            if (tokens := len(encode(caption)) + 2) > context_length:
-                problems.append((key, f"{name} caption of {tokens} tokens, truncated to {context_length}"))
+        except (RuntimeError, ValueError, TypeError, OSError, Image.DecompressionBombError) as error:
+            fatal.append(f"unreadable image, left out: {str(error).splitlines()[0]}")
+        lengths = [(name, len(encode(caption)) + 2) for name, caption in captions] if not fatal else []
+        return fatal, [f"{name} caption of {n} tokens, truncated to {context_length}" for name, n in lengths if n > context_length]
+
+    with ThreadPoolExecutor(CORES) as pool:
+        checked = list(pool.map(check, zip(table.image, table.long, table.short)))
+    usable = np.array([not fatal for fatal, _ in checked], dtype=bool)
+    problems = [(key, problem) for key, found in zip(table.key, checked) for problem in found[0] + found[1]]
     return table[usable].reset_index(drop=True), pd.DataFrame(problems, columns=["key", "problem"])
 
 
-def draw_crops(sizes, k, seed, smallest=1.0, flip=False):
-    """K crops for each image: (N, K, 5) int16 of top, left, height, width (pixels) and flip (0 or 1).
+def draw_crops(n, k, seed, smallest=1.0, flip=False):
+    """K crops for each of N images: (N, K, 4) float32 of side, y, x in [0, 1] and flip (0 or 1).
 
-    sizes: (N, 2) heights and widths. The area is uniform in [smallest, 1] of the image, its aspect ratio kept;
+    side: a share of height and width, for an area uniform in [smallest, 1]; y, x: where the crop lies between the edges.
     smallest=1 and flip=False is the whole image.
     """
     rng = np.random.default_rng(seed)
-    sizes = np.asarray(sizes)[:, None, :]  # (N, 2) -> (N, 1, 2)
-    side = np.sqrt(rng.uniform(smallest, 1.0, (len(sizes), k, 1)))
-    extent = np.maximum(1, np.round(sizes * side))
-    corner = np.floor(rng.uniform(size=(len(sizes), k, 2)) * (sizes - extent + 1))
-    flips = rng.integers(0, 2, (len(sizes), k, 1)) * int(flip)
-    return np.concatenate([corner, extent, flips], axis=2).astype(np.int16)
+    side = np.sqrt(rng.uniform(smallest, 1.0, (n, k, 1)))
+    place = rng.uniform(size=(n, k, 2))
+    flips = rng.integers(0, 2, (n, k, 1)) * int(flip)
+    return np.concatenate([side, place, flips], axis=2).astype(np.float32)
 
 
-def crop(image, box, image_size):
-    """uint8 (3, H, W), (5,) -> float (3, image_size, image_size) in [0, 1]: a row of `draw_crops` replayed."""
-    top, left, height, width, flip = (int(v) for v in box)
-    image = transform.resized_crop(image, top, left, height, width, [image_size, image_size], antialias=True)
-    return transform.to_dtype(image.flip(2) if flip else image, torch.float32, scale=True)
+def crop(image, box, image_size, interpolation="bilinear"):
+    """uint8 (3, H, W), (4,) -> uint8 (3, image_size, image_size): a row of `draw_crops` replayed."""
+    side, y, x, flip = (float(v) for v in box)
+    (height, top), (width, left) = (_extent(size, side, place) for size, place in zip(image.shape[1:], (y, x)))
+    image = transform.resized_crop(image, top, left, height, width, [image_size, image_size],
+                                   interpolation=InterpolationMode(interpolation), antialias=True)
+    return image.flip(2) if flip else image
+
+
+def _extent(size, side, place):
+    """-> pixels of a crop along a side of `size` pixels, and its first pixel."""
+    extent = max(1, round(size * side))
+    return extent, min(int(place * (size - extent + 1)), size - extent)
 
 
 class PairDataset(Dataset):
-    """Rows of a pairs table as tensors; decoded images and token ids are kept in memory.
+    """Rows of a pairs table as tensors.
 
     `dataset[row, k]` is the row seen through its k-th crop; without `crops` the whole image, resized. draws: take the
-    captions from the table's longs and shorts, those of crop k in the k-th order (and round again).
+    captions from the table's longs and shorts, those of crop k in the k-th order (and round again). preprocess: the
+    scaling of the model that will look (its config's).
+
+    Decoded images and token ids are kept while they fit `IN_MEMORY`. A larger table is held once, in Arrow's buffers, and
+    each row is read when it is asked for, by the loader's workers, which share these buffers.
     """
 
-    def __init__(self, table, image_size, context_length=248, crops=None, draws=False):
-        self.image_size = image_size
-        self.images = [read_image(image) for image in table.image]
-        tokenize = tokenizer(context_length)
-        longs, shorts = (table.longs, table.shorts) if draws else ([[long] for long in table.long], [[short] for short in table.short])
-        self.longs, self.shorts = (torch.stack([tokenize(list(draw)) for draw in zip(*each)], 1) for each in (longs, shorts))  # (N, J, L)
-        self.keys = list(table.key)
-        self.sizes = np.array([image.shape[1:] for image in self.images])
-        self.crops = draw_crops(self.sizes, 1, seed=0) if crops is None else crops
+    def __init__(self, table, image_size, context_length=248, crops=None, draws=False, preprocess=PLAIN):
+        self.image_size, self.context_length, self.preprocess = image_size, context_length, preprocess
+        self.crops = draw_crops(len(table), 1, seed=0) if crops is None else crops
+        self.keys, self.images = list(table.key), _arrow(table.image)
+        self.longs, self.shorts = _arrow(table.longs if draws else table.long), _arrow(table.shorts if draws else table.short)
+        self.draws = len(table.longs.iloc[0]) if draws else 1
+        self._tokenize = tokenizer(context_length)
+        self.in_memory = len(table) * (read_image(table.image.iloc[0]).numel() if len(table) else 0) <= IN_MEMORY
+        if self.in_memory:
+            self.images = [read_image(image) for image in table.image]
+            everything = np.arange(len(table))
+            self._tokens = [[side.int() for side in self.tokens(everything, draw)] for draw in range(self.draws)]
+
+    def tokens(self, rows, k=0):
+        """Long and short tokens (B, L) of `rows` (B,), in the caption order of crop `k`."""
+        draw = k % self.draws
+        if hasattr(self, "_tokens"):
+            return tuple(side[torch.as_tensor(rows)].long() for side in self._tokens[draw])
+        captions = ([side[int(row)].as_py() for row in rows] for side in (self.longs, self.shorts))
+        return tuple(self._tokenize([c[draw] if isinstance(c, list) else c for c in side]) for side in captions)
 
     @property
     def long(self):
-        """Tokens of the long captions (N, L), in their first order."""
-        return self.longs[:, 0]
+        """Tokens of all long captions (N, L), in their first order."""
+        return self.tokens(np.arange(len(self)))[0]
 
     @property
     def short(self):
-        """Tokens of the short captions (N, L), those of the first order."""
-        return self.shorts[:, 0]
+        """Tokens of all short captions (N, L), those of the first order."""
+        return self.tokens(np.arange(len(self)))[1]
+
+    def pixels(self, row, k):
+        """The very pixels that a model sees: uint8 (3, image_size, image_size)."""
+        try:
+            image = self.images[row] if self.in_memory else read_image(self.images[row].as_py())
+        except (RuntimeError, ValueError, OSError) as error:
+            raise RuntimeError(f"the image of {self.keys[row]!r} was readable when the data was checked (notebook 00): {error}") from None
+        return crop(image, self.crops[row, k], self.image_size, self.preprocess["interpolation"])
+
+    def scaled(self, pixels):
+        """uint8 (..., 3, S, S) -> float, as the model wants it."""
+        pixels = transform.to_dtype(pixels, torch.float32, scale=True)
+        return pixels if self.preprocess == PLAIN else transform.normalize(pixels, self.preprocess["mean"], self.preprocess["std"])
 
     def __len__(self):
-        return len(self.images)
+        return len(self.crops)
 
     def __getitem__(self, row_and_crop):
         row, k = row_and_crop
-        draw = k % self.longs.shape[1]
-        return row, k, crop(self.images[row], self.crops[row, k], self.image_size), self.longs[row, draw], self.shorts[row, draw]
+        long, short = self.tokens([row], k)
+        return row, k, self.scaled(self.pixels(row, k)), long[0], short[0]
+
+    def __getitems__(self, batch):
+        """Rows of a batch at once, images as uint8: a quarter of the bytes between processes."""
+        rows, ks = np.asarray(batch).T
+        pixels = torch.stack([self.pixels(row, k) for row, k in zip(rows.tolist(), ks.tolist())])
+        tokens = [self.tokens(rows, k) for k in range(self.draws)]
+        draw = torch.as_tensor(ks % self.draws)
+        long, short = (torch.stack([t[side] for t in tokens])[draw, torch.arange(len(rows))] for side in (0, 1))
+        return torch.as_tensor(rows), torch.as_tensor(ks), pixels, long, short
+
+
+def dataset_for(model, table, crops=None, draws=False):
+    """A PairDataset of `table` with the pixels and tokens that `model` reads."""
+    return PairDataset(table, model.image_size, model.context_length, crops, draws, model.config["preprocess"])
+
+
+def _arrow(column):
+    """A column as one Arrow array, whose buffers processes share: Python's objects would be copied into each."""
+    array = pa.array(column.array if column.dtype != object else list(column))
+    return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
 
 
 def epoch_batches(n, batch_size, seed, epoch, crops=1):
-    """Batches of (row, crop) for one epoch: a permutation drawn from (seed, epoch); an incomplete last batch is dropped."""
+    """Batches for one epoch, (n // batch_size, batch_size, 2) of row and crop: a permutation drawn from (seed, epoch)."""
     rng = np.random.default_rng([seed, epoch])
     rows, ks = rng.permutation(n), rng.integers(0, crops, n)
-    return [list(zip(rows[i:i + batch_size].tolist(), ks[i:i + batch_size].tolist()))
-            for i in range(0, n - batch_size + 1, batch_size)]
-
-
-def loader(dataset, batches):
-    """Iterate over `batches` of (row, crop): rows (B,), crops (B,), images (B, 3, S, S), long and short tokens (B, L)."""
-    # Its own generator: a DataLoader draws from the global one otherwise, and a resumed run would draw once more.
-    return DataLoader(dataset, batch_sampler=batches, generator=torch.Generator())
+    return np.stack([rows, ks], axis=1)[:n // batch_size * batch_size].reshape(-1, batch_size, 2)
 
 
 def in_order(n, batch_size, k=0):
-    """Batches of (row, k) that go once through rows 0..n-1."""
-    return [[(row, k) for row in range(i, min(i + batch_size, n))] for i in range(0, n, batch_size)]
+    """Batches (up to batch_size, 2) of (row, k) that go once through rows 0..n-1."""
+    rows = np.arange(n)
+    return [np.stack([part, np.full_like(part, k)], axis=1) for part in (rows[i:i + batch_size] for i in range(0, n, batch_size))]
+
+
+def loader(dataset, batches, device="cpu"):
+    """Iterate over `batches` (B, 2) of row and crop: rows (B,), crops (B,) on the CPU, and on `device` images
+    (B, 3, S, S), long and short tokens (B, L). What is not in memory is read by worker processes."""
+    cuda = torch.device(device).type == "cuda"
+    # Its own generator: a DataLoader draws from the global one otherwise, and a resumed run would draw once more.
+    batches = DataLoader(dataset, batch_sampler=batches, num_workers=0 if dataset.in_memory else _workers(dataset, batches),
+                         collate_fn=_as_it_is, pin_memory=cuda, generator=torch.Generator())
+    for rows, ks, pixels, long, short in batches:
+        pixels, long, short = (x.to(device, non_blocking=True) for x in (pixels, long, short))
+        yield rows, ks, dataset.scaled(pixels), long, short
+
+
+def _as_it_is(batch):
+    return batch
+
+
+def _workers(dataset, batches):
+    """Worker processes: one for each core, as long as their batches fit the shared memory, whose lack would kill them."""
+    batch_bytes = max((len(batch) for batch in batches[:1]), default=1) * 3 * dataset.image_size ** 2
+    shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else IN_MEMORY
+    return max(0, min(CORES, 8, int(shared // (3 * batch_bytes))))

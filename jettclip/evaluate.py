@@ -11,7 +11,7 @@ def embed(model, dataset, batch_size=128):
     """Normalised features of every row of a PairDataset -> (image, long, short), each (N, d) on the CPU."""
     model.eval()
     parts = [(model.encode_image(images, True), model.encode_text(long, True), model.encode_text(short, True))
-             for _, _, images, long, short in loader(dataset, in_order(len(dataset), batch_size))]
+             for _, _, images, long, short in loader(dataset, in_order(len(dataset), batch_size), model.logit_scale.device)]
     return tuple(torch.cat(part).cpu() for part in zip(*parts))
 
 
@@ -67,7 +67,7 @@ def detail_choices(model, dataset, other_dataset, batch_size=128):
     model.eval()
     choices = []
     for (_, _, images, long, _), (_, _, _, other, _) in zip(*(
-            loader(d, in_order(len(d), batch_size)) for d in (dataset, other_dataset))):
+            loader(d, in_order(len(d), batch_size), model.logit_scale.device) for d in (dataset, other_dataset))):
         image = model.encode_image(images, True)
         both = model.encode_text(torch.cat([long, other]), True)  # together: equal texts get equal features
         right, wrong = (image * both[:len(image)]).sum(1), (image * both[len(image):]).sum(1)

@@ -1,18 +1,27 @@
 """Teacher features, computed once and read by every student.
 
-A cache folder holds `image.npy` (N, K, d), `long.npy` and `short.npy` (N, d), all fp16, `crops.npy` (N, K, 5) that say
-which pixels the teacher saw, and `manifest.json`. The features are normalised. Primary components are *not* cached:
-they belong to the student's batch (`losses.primary_components`).
+    python -m jettclip.features runs/scenes/teacher/job.json                          # one process
+    torchrun --nproc-per-node 8 -m jettclip.features runs/scenes/teacher/job.json     # one per GPU, each a share of the batches
+
+A cache folder holds `image.npy` (N, K, d), `long.npy` and `short.npy` (N, d), all fp16, `crops.npy` (N, K, 4) that say
+which pixels the teacher saw, and `manifest.json` with what it was made of and each file's SHA-256. The features are
+normalised. Primary components are *not* cached: they belong to the student's batch (`losses.primary_components`).
 """
+import argparse
 import hashlib
 import json
+import os
+import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
+import torch.distributed as dist
 
-from .checkpoints import write_json
-from .data import in_order, loader
+from .checkpoints import file_hash, load_folder, write_json, write_then_rename
+from .data import dataset_for, draw_crops, in_order, loader
+from .parallel import in_processes, is_first, launch, wait_for_all
 
 
 def fingerprint(table):
@@ -30,53 +39,88 @@ class FeatureCache:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.manifest = json.loads((self.folder / "manifest.json").read_text())
-        self.image, self.long, self.short, self.crops = (
-            np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ("image", "long", "short", "crops"))
+        self.image, self.long, self.short, self.crops = (self._file(name) for name in ("image", "long", "short", "crops"))
+
+    def _file(self, name):
+        path = self.folder / f"{name}.npy"
+        try:
+            return np.load(path, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} of a finished feature cache is missing or cut short ({error}): delete the folder to build it anew") from None
+
+    def verify(self):
+        """Read every file and compare it with the manifest's SHA-256; a ValueError names those that differ."""
+        if differs := [name for name, expected in self.manifest["sha256"].items() if file_sum(self.folder / f"{name}.npy") != expected]:
+            raise ValueError(f"the files {', '.join(differs)} of {self.folder} are not what was written: delete the folder to build it anew")
 
     @classmethod
     def build(cls, folder, teacher, teacher_hash, table, dataset, batch_size=128, report=print):
         """Fill `folder` from `teacher` over `dataset` (its crops are the stored augmentations) and open it.
 
-        Goes on where a killed run stopped; a finished cache of the same teacher and data is opened as it is.
+        Goes on where a killed run stopped, with the very bytes it would have written; a finished cache of the same teacher
+        and data is opened as it is. Processes of one torchrun share the batches, in any number.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        n, k, width = len(dataset), dataset.crops.shape[1], teacher.config["embed_dim"]
+        n, k, width, device = len(dataset), dataset.crops.shape[1], teacher.config["embed_dim"], teacher.logit_scale.device
         asked = {"teacher": teacher_hash, "data": fingerprint(table), "crops": hashlib.sha256(dataset.crops.tobytes()).hexdigest(),
-                 "rows": n, "augmentations": k, "width": width, "dtype": "float16"}
+                 "rows": n, "augmentations": k, "width": width, "dtype": "float16", "batch_size": batch_size}
         if (folder / "manifest.json").exists():
-            return cls.open(folder, **asked)
-        progress = folder / "progress.json"
-        asked_now = {**asked, "batch_size": batch_size}  # batches are counted, so their size belongs to the progress
-        done = json.loads(progress.read_text()) if progress.exists() else {"asked": asked_now, "batches": 0}
+            return cls.open(folder, **{key: value for key, value in asked.items() if key != "batch_size"})
+        # Captions go by length, so that a batch has little padding to cut.
+        lengths = table.long.str.len().to_numpy()
+        work = [("image", batch) for j in range(k) for batch in in_order(n, batch_size, j)]
+        work += [("text", rows) for rows in np.split(np.argsort(lengths, kind="stable"), range(batch_size, n, batch_size))]
         shapes = {"image": (n, k, width), "long": (n, width), "short": (n, width)}
-        if done["asked"] != asked_now or not all((folder / f"{name}.npy").exists() for name in shapes):
-            done = {"asked": asked_now, "batches": 0}
-        mode = "r+" if done["batches"] else "w+"
-        files = {name: np.lib.format.open_memmap(folder / f"{name}.npy", mode, np.float16, shape)
-                 for name, shape in shapes.items()}
-        batches = [batch for j in range(k) for batch in in_order(n, batch_size, j)]
+        if is_first():
+            _prepare(folder, asked, shapes, len(work))
+        wait_for_all()
+        files = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in shapes}
+        done = np.load(folder / "done.npy", mmap_mode="r+")
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        mine = [number for number in range(rank, len(work), world) if not done[number]]
         teacher.eval()
-        for number, (rows, ks, images, long, short) in enumerate(loader(dataset, batches[done["batches"]:]), done["batches"] + 1):
-            with torch.inference_mode():
-                rows, j = rows.numpy(), int(ks[0])
-                files["image"][rows, j] = teacher.encode_image(images, normalize=True).half().numpy()
-                if j == 0:
-                    files["long"][rows] = teacher.encode_text(long, normalize=True).half().numpy()
-                    files["short"][rows] = teacher.encode_text(short, normalize=True).half().numpy()
-            if number % 20 == 0 or number == len(batches):
-                for file in files.values():
-                    file.flush()
-                write_json(progress, {"asked": asked_now, "batches": number})
-                report(f"teacher features: batch {number} of {len(batches)}")
-        for name, file in files.items():
-            norms = np.linalg.norm(file.astype(np.float32), axis=-1)
-            if not np.allclose(norms, 1, atol=1e-2):  # NaN and zero rows fail this too
-                raise ValueError(f"{int((~np.isclose(norms, 1, atol=1e-2)).sum())} rows of the teacher's {name} features are "
-                                 f"not finite unit vectors: check the teacher; {folder} stays unfinished")
-        np.save(folder / "crops.npy", dataset.crops)
-        write_json(folder / "manifest.json", asked)
-        progress.unlink()
+        pending, shown = [], time.monotonic()
+
+        def store(name, place, rows, features):
+            features = features.half().cpu().numpy()
+            if (bad := ~np.isclose(np.linalg.norm(features.astype(np.float32), axis=1), 1, atol=1e-2)).any():  # NaN is bad too
+                keys = [dataset.keys[row] for row in rows[bad][:5]]
+                raise ValueError(f"{bad.sum()} rows of the teacher's {name} features are not finite unit vectors (of {', '.join(map(str, keys))}): "
+                                 f"check the teacher; {folder} stays unfinished")
+            files[name][place] = features
+
+        def keep():
+            """What is marked as done is on the disk before the mark."""
+            for file in files.values():
+                file.flush()
+            done[pending] = 1
+            done.flush()
+            pending.clear()
+
+        images = loader(dataset, [work[number][1] for number in mine if work[number][0] == "image"], device)
+        with torch.inference_mode():
+            for number in mine:
+                if work[number][0] == "image":
+                    rows, ks, pixels, *_ = next(images)
+                    store("image", (rows.numpy(), ks.numpy()), rows.numpy(), teacher.encode_image(pixels, normalize=True))
+                else:
+                    rows = work[number][1]
+                    for name, tokens in zip(("long", "short"), dataset.tokens(rows)):
+                        store(name, rows, rows, teacher.encode_text(tokens.to(device), normalize=True))
+                pending.append(number)
+                if len(pending) == 20 or number == mine[-1]:
+                    keep()
+                    if time.monotonic() - shown > 5 or number == mine[-1]:
+                        report(f"teacher features: batch {int(done.sum())} of {len(work)}")
+                        shown = time.monotonic()
+        wait_for_all()
+        if is_first():
+            write_then_rename(folder / "crops.npy", lambda path: _save(path, dataset.crops))
+            sums = {name: file_sum(folder / f"{name}.npy") for name in (*shapes, "crops")}
+            write_json(folder / "manifest.json", {**asked, "sha256": sums, "torch": torch.__version__})
+            for name in ("done.npy", "progress.json"):
+                (folder / name).unlink()
+        wait_for_all()
         return cls(folder)
 
     @classmethod
@@ -98,3 +142,67 @@ class FeatureCache:
         index, k = np.asarray(index), np.asarray(k)
         return tuple(torch.nn.functional.normalize(torch.from_numpy(part).float(), dim=1)
                      for part in (self.image[index, k], self.long[index], self.short[index]))
+
+
+def file_sum(path):
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _save(path, array):
+    with open(path, "wb") as file:
+        np.save(file, array)
+
+
+def _prepare(folder, asked, shapes, batches):
+    """Lay out the files of a cache and its list of done batches, unless a killed run of the same left them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = folder / "progress.json"
+    if progress.exists() and json.loads(progress.read_text()) == asked and all(
+            (folder / f"{name}.npy").exists() for name in (*shapes, "done")):
+        return
+    progress.unlink(missing_ok=True)
+    for name, shape in shapes.items():
+        path = folder / f"{name}.npy"
+        try:
+            file = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+            with open(path, "r+b") as own:  # a full disk shows here, not as a crash in the middle of writing
+                os.posix_fallocate(own.fileno(), 0, file.offset + file.nbytes)
+        except OSError as error:
+            for written in shapes:
+                (folder / f"{written}.npy").unlink(missing_ok=True)
+            size = sum(2 * np.prod(shape) for shape in shapes.values())
+            raise OSError(error.errno, f"no room for {size / 1e9:.3f} GB of teacher features in {folder} ({error.strerror}): free some, "
+                                       "or store fewer augmentations") from None
+    write_then_rename(folder / "done.npy", lambda path: _save(path, np.zeros(batches, np.uint8)))
+    write_json(progress, asked)
+
+
+def run(job, report=print):
+    """Build the cache that `job` describes, a mapping that JSON can hold.
+
+    job: folder, data (Parquet), teacher (a run folder), augmentations, smallest_crop, flip, seed, batch_size.
+    """
+    table, device = pd.read_parquet(job["data"]), f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    teacher = load_folder(job["teacher"]).to(device)
+    crops = draw_crops(len(table), job["augmentations"], job["seed"], job["smallest_crop"], job["flip"])
+    return FeatureCache.build(job["folder"], teacher, file_hash(job["teacher"]), table, dataset_for(teacher, table, crops), job["batch_size"], report)
+
+
+def start(job, processes=1):
+    """Build the cache of file `job` here, or in `processes` processes of torchrun."""
+    if processes == 1:
+        return run(json.loads(Path(job).read_text()))
+    launch("jettclip.features", job, processes)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m jettclip.features", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", help="a job.json, as notebook 01 writes it")
+    in_processes(run, json.loads(Path(parser.parse_args().job).read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,11 @@
 
 The mean over the processes of their losses is the loss of one process over the whole batch, and so are the gradients.
 """
+import os
+import subprocess
+import sys
+from collections import deque
+
 import torch
 import torch.distributed as dist
 
@@ -46,3 +51,32 @@ def average_gradients(parameters):
 def is_first():
     """Whether this process writes files and reports."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def wait_for_all():
+    """Return when every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def in_processes(run, job):
+    """run(job) in this process; where torchrun started it, in its group, of which the first process alone reports."""
+    if "RANK" not in os.environ:  # torchrun sets it
+        return run(job)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        run(job, print if is_first() else lambda line: None)
+    finally:
+        dist.destroy_process_group()
+
+
+def launch(module, job, processes):
+    """`python -m module job` in `processes` processes of torchrun, whose lines are printed as they come."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", module, str(job)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as workers:
+        tail = deque(maxlen=100)
+        for line in workers.stdout:
+            print(line, end="", flush=True)
+            tail.append(line)
+    if workers.returncode:
+        raise RuntimeError(f"torchrun ended with {workers.returncode}:\n{''.join(tail)}")

@@ -4,6 +4,7 @@ Each source is a function (root, split, seed) -> table with the columns image (p
 key; seed is a number or several. Where an image has several short captions, long is all of them in an order shuffled per image, short the first of them.
 """
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +35,12 @@ def _wanted(root, *patterns, what):
 
 
 def _inside(root, path):
-    """`path` below `root`, as text; one that leads out of it is refused."""
-    whole = (Path(root) / path).resolve()
-    if not whole.is_relative_to(Path(root).resolve()):
+    """`path` below `root`, as text; one that leads out of it is refused. Links inside are the user's own and are followed."""
+    root = os.path.abspath(root)
+    whole = os.path.normpath(os.path.join(root, path))
+    if not whole.startswith(root + os.sep):
         raise ValueError(f"the image {str(path)!r} lies outside of the data folder {root}")
-    return str(whole)
+    return whole
 
 
 def _read(file, rows):

@@ -15,10 +15,7 @@ import contextlib
 import json
 import math
 import os
-import subprocess
-import sys
 import time
-from collections import deque
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -33,8 +30,8 @@ from .checkpoints import fill, load_checkpoint, save_checkpoint, save_folder, wr
 from .data import PairDataset, epoch_batches, loader
 from .evaluate import embed, ranks
 from .losses import Heads, parse_method, total_loss
-from .models import create_model, nearest
-from .parallel import average_gradients, is_first, this_part
+from .models import create_model, model_config, nearest
+from .parallel import average_gradients, in_processes, is_first, launch, this_part
 
 MASKED, MASK_GRID = 0.75, 8  # mfd hides this share of 8 x 8 patches (CLIP-KD)
 
@@ -187,11 +184,11 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=print,
 
     model = model.to(memory_format=torch.channels_last)
     clock, began = time.perf_counter(), start
-    for step, (rows, ks, *inputs) in enumerate(_batches(dataset, config, start, part), start + 1):
+    for step, (rows, ks, *inputs) in enumerate(_batches(dataset, config, start, part, device), start + 1):
         model.train()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step - 1, config)
-        images, long, short = (x.to(device, non_blocking=True) for x in inputs)
+        images, long, short = inputs
         images = images.contiguous(memory_format=torch.channels_last)
         masked = hide_patches(images, config.seed, step, part, config.batch_size) if "mfd" in parse_method(config.method) else None
         taught = teacher = short_teacher = None
@@ -213,7 +210,7 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=print,
         optimizer.zero_grad(set_to_none=True)
         loss, terms, features = backward(model, (images, long, short, masked), objective, config)
         if not torch.isfinite(loss):
-            raise FloatingPointError(_not_finite(folder, step, terms, [*features, *(taught or [])], [dataset.keys[r] for r in rows],
+            raise FloatingPointError(_not_finite(folder, step, terms, [*features, *(taught or [])], [dataset.keys[r] for r in rows.tolist()],
                                                  model, optimizer))
         if dist.is_initialized():
             average_gradients(trained)
@@ -245,13 +242,13 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=print,
     return model
 
 
-def _batches(dataset, config, start, part):
+def _batches(dataset, config, start, part, device):
     """This part of the batches of steps start+1..steps; which rows a step sees depends on (seed, step) alone."""
     per_epoch = len(dataset) // config.batch_size
     for epoch in range(start // per_epoch, math.ceil(config.steps / per_epoch)):
         batches = epoch_batches(len(dataset), config.batch_size, config.seed, epoch, dataset.crops.shape[1])
         first = max(0, start - epoch * per_epoch)
-        yield from loader(dataset, [batch[part.rows] for batch in batches[first:config.steps - epoch * per_epoch]])
+        yield from loader(dataset, batches[first:config.steps - epoch * per_epoch, part.rows], device)
 
 
 def _not_finite(folder, step, terms, features, keys, model, optimizer):
@@ -280,8 +277,9 @@ def run(job, report=print):
     cache = [caches.FeatureCache.open(one, data=fingerprint) for one in job["caches"]]
     short_cache = caches.FeatureCache.open(job["short_cache"], data=fingerprint) if job.get("short_cache") else None
     crops = cache[0].crops[:, :job["crops"] or None]
-    dataset = PairDataset(tables["train"], job["image_size"], job["context_length"], crops)
-    val = PairDataset(tables["val"], job["image_size"], job["context_length"])
+    preprocess = model_config(job["model"])["preprocess"]
+    dataset = PairDataset(tables["train"], job["image_size"], job["context_length"], crops, preprocess=preprocess)
+    val = PairDataset(tables["val"], job["image_size"], job["context_length"], preprocess=preprocess)
     config = Config(**job["config"])
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
@@ -292,7 +290,7 @@ def run(job, report=print):
 
     student = new(job["context_length"])
     if job.get("start"):
-        short_only = PairDataset(tables["train"].assign(long=tables["train"].short), job["image_size"], 77, crops)
+        short_only = PairDataset(tables["train"].assign(long=tables["train"].short), job["image_size"], 77, crops, preprocess=preprocess)
         plain = replace(config, steps=job["start"]["steps"], method="none", method_weights={}, weights=(1.0, 0.0, 0.0, 0.0))
         original = fit(new(77), plain, short_only, Path(job["folder"]) / "clip77", report=report)
         fill(student, original.state_dict(), "clip77", job["start"]["stretch"])
@@ -310,15 +308,7 @@ def start(job, processes=1):
     """Train the job of file `job` here, or in `processes` processes of torchrun, whose lines are printed as they come."""
     if processes == 1:
         return run(json.loads(Path(job).read_text()))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-               "-m", "jettclip.train", str(job)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as workers:
-        tail = deque(maxlen=100)
-        for line in workers.stdout:
-            print(line, end="", flush=True)
-            tail.append(line)
-    if workers.returncode:
-        raise RuntimeError(f"torchrun ended with {workers.returncode}:\n{''.join(tail)}")
+    launch("jettclip.train", job, processes)
 
 
 def main():
@@ -326,13 +316,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", help="a job.json, as notebook 02 writes it")
     job = json.loads(Path(parser.parse_args().job).read_text())
-    if "RANK" not in os.environ:  # torchrun sets it
-        return run(job)
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        run(job, print if is_first() else lambda line: None)
-    finally:
-        dist.destroy_process_group()
+    in_processes(run, job)
 
 
 if __name__ == "__main__":

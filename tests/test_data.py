@@ -1,14 +1,19 @@
 """Every source gives the same table, bad rows are named, and a stored crop shows the same pixels again."""
 import io
+import zlib
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import tiny_model
 from PIL import Image
 
-from jettclip.data import (COLUMNS, PairDataset, clean_pairs, crop, draw_crops, epoch_batches, in_order,
+import jettclip
+from jettclip import data
+from jettclip.data import (COLUMNS, PairDataset, _extent, clean_pairs, crop, dataset_for, draw_crops, epoch_batches, in_order,
                            load_pairs, loader, read_image)
+from jettclip.models import transforms
 
 FIVE = ["A dog runs .", "a brown dog", "Two dogs", "The dog jumps over a log.", "A wet dog "]
 
@@ -85,7 +90,7 @@ def test_captions_in_other_orders(flickr8k):
     assert all(len(each) == 3 and each[0] == each[1] == each[2] for each in parts)
     assert any(len(set(longs)) > 1 for longs in pairs.longs)
     assert all(long.startswith(short + ".") for row in pairs.itertuples() for long, short in zip(row.longs, row.shorts))
-    dataset = PairDataset(pairs, 16, 77, draw_crops([(128, 128)] * 8, 4, seed=0), draws=True)
+    dataset = PairDataset(pairs, 16, 77, draw_crops(8, 4, seed=0), draws=True)
     encode = PairDataset(pairs.assign(long=[longs[1] for longs in pairs.longs]), 16, 77)
     assert torch.equal(dataset[2, 1][3], encode.long[2])
     assert torch.equal(dataset[5, 3][3], dataset[5, 0][3]) and torch.equal(dataset[5, 3][4], dataset.short[5])
@@ -166,6 +171,24 @@ def test_read_image_of_16_bits():
     assert image.dtype == torch.uint8 and image[0].tolist() == image[2].tolist() == [[0, 1, 117, 255]]
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_read_jpeg_as_pillow_does(mode):
+    """Smooth pictures, as photographs are: all pixels within 1/255."""
+    ramp = np.linspace(0, 255, 60)
+    pixels = np.stack([np.add.outer(ramp, ramp) / 2, np.add.outer(255 - ramp, ramp) / 2, np.add.outer(ramp, 255 - ramp) / 2], axis=2)
+    data = encoded(Image.fromarray(pixels.astype(np.uint8)).convert(mode), "JPEG", quality=95)
+    expected = np.array(Image.open(io.BytesIO(data)).convert("RGB")).astype(int).transpose(2, 0, 1)
+    assert np.abs(read_image(data).numpy().astype(int) - expected).max() <= 1
+
+
+def test_decompression_bombs_are_refused_unread():
+    chunk = lambda kind, body: len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", (60_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])) + chunk(b"IDAT", b"")
+    with pytest.raises((ValueError, Image.DecompressionBombError), match="60000 x 60000|exceeds limit"):
+        read_image(bomb)
+    assert clean_pairs(pd.DataFrame([(bomb, "a dog", "a dog", "train", "bomb")], columns=COLUMNS))[1].problem[0].startswith("unreadable image")
+
+
 def test_read_image_stands_upright():
     image = Image.new("RGB", (20, 10))
     exif = image.getexif()
@@ -176,63 +199,94 @@ def test_read_image_stands_upright():
 # ---- crops
 
 def test_the_default_crop_is_the_whole_image():
-    boxes = draw_crops([(30, 40), (7, 5)], 2, seed=0)
-    assert boxes.shape == (2, 2, 5) and boxes.dtype == np.int16
-    assert boxes[:, 0].tolist() == boxes[:, 1].tolist() == [[0, 0, 30, 40, 0], [0, 0, 7, 5, 0]]
+    boxes = draw_crops(2, 3, seed=0)
+    assert boxes.shape == (2, 3, 4) and boxes.dtype == np.float32
+    image = torch.randint(256, (3, 30, 30), dtype=torch.uint8)
+    assert all(torch.equal(crop(image, box, 30), image) for box in boxes.reshape(-1, 4))
 
 
-def test_crops_lie_inside_the_image():
-    sizes = np.random.default_rng(0).integers(1, 300, (200, 2))
-    boxes = draw_crops(sizes, 3, seed=1, smallest=0.3, flip=True).astype(int)
-    top_left, extent, flips = boxes[..., :2], boxes[..., 2:4], boxes[..., 4]
-    assert (top_left >= 0).all() and (extent >= 1).all()
-    assert (top_left + extent <= sizes[:, None]).all()
-    large = (sizes > 100).all(axis=1)
-    share = extent[large].prod(axis=-1) / sizes[large].prod(axis=-1)[:, None]
-    assert 0.28 < share.min() < 0.4 and 0.9 < share.max() <= 1
-    assert 0.4 < flips.mean() < 0.6 and set(flips.flat) == {0, 1}
-    assert np.array_equal(boxes, draw_crops(sizes, 3, seed=1, smallest=0.3, flip=True))
-    assert not np.array_equal(boxes, draw_crops(sizes, 3, seed=2, smallest=0.3, flip=True))
+@pytest.mark.parametrize("size", [(1, 1), (1, 10_000), (3, 2), (100, 57)])
+def test_crops_lie_inside_the_image(size):
+    boxes = draw_crops(400, 3, seed=1, smallest=0.3, flip=True)
+    side, place, flips = boxes[..., 0], boxes[..., 1:3], boxes[..., 3]
+    assert 0.3 <= (side ** 2).min() < 0.32 and 0.98 < side.max() <= 1 and 0 <= place.min() and place.max() <= 1
+    assert 0.45 < flips.mean() < 0.55 and set(flips.flat) == {0, 1}
+    assert np.array_equal(boxes, draw_crops(400, 3, seed=1, smallest=0.3, flip=True))
+    assert not np.array_equal(boxes, draw_crops(400, 3, seed=2, smallest=0.3, flip=True))
+    for length in size:
+        for share, at in [*zip(side.flat, place[..., 0].flat), (1.0, 1.0), (0.5, 1.0), (1.0, 0.0)]:
+            extent, first = _extent(length, float(share), float(at))
+            assert extent >= 1 and 0 <= first and first + extent <= length
+    assert crop(torch.zeros(3, *size, dtype=torch.uint8), boxes[0, 0], 8).shape == (3, 8, 8)
 
 
 def test_crop_by_hand():
     image = torch.arange(12, dtype=torch.uint8).view(1, 3, 4).expand(3, 3, 4) * 20
-    seen = crop(image, (1, 2, 2, 2, 0), 2)
-    assert torch.allclose(seen, torch.tensor([[120.0, 140], [200, 220]]).expand(3, 2, 2) / 255)
-    flipped = crop(image, np.array([1, 2, 2, 2, 1], np.int16), 2)
-    assert torch.allclose(flipped, torch.tensor([[140.0, 120], [220, 200]]).expand(3, 2, 2) / 255)
+    seen = crop(image, (0.5, 0.5, 0.99, 0), 2)  # 2 x 2 of 3 x 4 pixels, from row 1 and column 2
+    assert torch.equal(seen, torch.tensor([[120, 140], [200, 220]], dtype=torch.uint8).expand(3, 2, 2))
+    flipped = crop(image, np.array([0.5, 0.5, 0.99, 1], np.float32), 2)
+    assert torch.equal(flipped, torch.tensor([[140, 120], [220, 200]], dtype=torch.uint8).expand(3, 2, 2))
 
 
 def test_dataset(table):
-    boxes = draw_crops([(32, 32)] * len(table), 3, seed=0, smallest=0.5, flip=True)
+    boxes = draw_crops(len(table), 3, seed=0, smallest=0.5, flip=True)
     dataset = PairDataset(table, 16, context_length=77, crops=boxes)
     row, k, image, long, short = dataset[4, 2]
     assert (row, k) == (4, 2) and dataset.keys[4] == table.key[4]
-    assert torch.equal(image, crop(read_image(table.image[4]), boxes[4, 2], 16))
+    assert torch.allclose(image, crop(read_image(table.image[4]), boxes[4, 2], 16) / 255)
     assert long.shape == short.shape == (77,) and long[-1] == 49407  # cut
     assert torch.equal(long[1:12], short[1:12])  # begins with the same words
     whole = PairDataset(table, 32)
     assert torch.allclose(whole[4, 0][2], read_image(table.image[4]) / 255)
 
 
+def test_a_models_own_pixels(table):
+    """The cache's view of an image is that of the model's own transform."""
+    model = tiny_model()
+    teacher = jettclip.create_model("LongCLIP-B", vision_layers=1, text_layers=1)
+    for one in (model, teacher):
+        transform = transforms(one.config)[1]
+        image = dataset_for(one, table)[3, 0][2]
+        assert torch.allclose(image, transform(Image.open(io.BytesIO(table.image[3]))), atol=2 / 255 / 0.26)
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_a_large_table_is_read_row_by_row(flickr8k, draws, monkeypatch, tmp_path):
+    pairs = load_pairs("flickr8k", flickr8k, draws=2)
+    pairs["image"] = [str(path) for path in (tmp_path / f"{i}.jpg" for i in range(8)) if path.write_bytes(pairs.image[0])]
+    crops = draw_crops(8, 3, seed=0, smallest=0.5)
+    kept = PairDataset(pairs, 16, 77, crops, draws)
+    monkeypatch.setattr(data, "IN_MEMORY", 1000)
+    read = PairDataset(pairs, 16, 77, crops, draws)
+    assert kept.in_memory and not read.in_memory
+    batches = epoch_batches(8, 4, 0, 0, crops=3)
+    for one, other in zip(loader(kept, batches), loader(read, batches), strict=True):  # by worker processes
+        assert all(torch.equal(a, b) for a, b in zip(one, other))
+    for one, other in zip(kept[5, 2], read[5, 2]):
+        assert np.array_equal(one, other)
+    (tmp_path / "0.jpg").unlink()
+    with pytest.raises(RuntimeError, match="the image of '0.jpg' was readable when the data was checked"):
+        list(loader(read, in_order(8, 8)))
+
+
 # ---- batches
 
 def test_epoch_batches():
     batches = epoch_batches(50, 8, seed=1, epoch=2, crops=3)
-    assert [len(batch) for batch in batches] == [8] * 6
-    pairs = [pair for batch in batches for pair in batch]
+    assert batches.shape == (6, 8, 2)
+    pairs = [tuple(pair) for pair in batches.reshape(-1, 2).tolist()]
     assert len({row for row, _ in pairs}) == 48 and {row for row, _ in pairs} <= set(range(50))
     assert {k for _, k in pairs} == {0, 1, 2}
     torch.manual_seed(5)
     np.random.seed(5)
-    assert batches == epoch_batches(50, 8, seed=1, epoch=2, crops=3)
-    assert batches != epoch_batches(50, 8, seed=1, epoch=3, crops=3)
-    assert batches != epoch_batches(50, 8, seed=2, epoch=2, crops=3)
+    assert np.array_equal(batches, epoch_batches(50, 8, seed=1, epoch=2, crops=3))
+    assert not np.array_equal(batches, epoch_batches(50, 8, seed=1, epoch=3, crops=3))
+    assert not np.array_equal(batches, epoch_batches(50, 8, seed=2, epoch=2, crops=3))
     assert sorted(row for batch in epoch_batches(48, 8, 1, 2) for row, _ in batch) == list(range(48))
 
 
 def test_loader_follows_its_batches(dataset):
-    assert in_order(5, 2, k=1) == [[(0, 1), (1, 1)], [(2, 1), (3, 1)], [(4, 1)]]
+    assert [batch.tolist() for batch in in_order(5, 2, k=1)] == [[[0, 1], [1, 1]], [[2, 1], [3, 1]], [[4, 1]]]
     batches = [[(3, 0), (1, 0)], [(20, 0)]]
     seen = list(loader(dataset, batches))
     assert [rows.tolist() for rows, *_ in seen] == [[3, 1], [20]]

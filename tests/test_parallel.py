@@ -25,7 +25,7 @@ WIDE = [("crd+fd+icl+cross_kd+rd", "both")]  # the teacher's features are wider 
 
 def make_data(folder):
     table = make_pairs(ROWS, seed=1, size=32)
-    crops = draw_crops([(32, 32)] * ROWS, 2, seed=0, smallest=0.5, flip=True)
+    crops = draw_crops(ROWS, 2, seed=0, smallest=0.5, flip=True)
     dataset = PairDataset(table, 32, crops=crops)
     quiet = {"report": lambda line: None}
     return dataset, {width: FeatureCache.build(folder / str(width), tiny_model(seed=1, embed_dim=width), "t", table, dataset, **quiet)
@@ -90,7 +90,7 @@ def process():
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     folder = Path(sys.argv[1])
-    data = make_data(folder / f"rank{dist.get_rank()}")
+    data = make_data(folder / "caches")
     found = {f"{method} {pairs} {width}": gradients(method, pairs, data, folder / f"{method}-{pairs}-{width}", width)
              for cases, width in ((CASES, 16), (WIDE, 24)) for method, pairs in cases}
     if dist.get_rank() == 0:

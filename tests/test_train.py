@@ -27,7 +27,7 @@ SETTINGS = {"steps": 8, "batch_size": 6, "warmup": 2, "save_every": 2, "eval_eve
 def make_data(folder):
     """20 pairs with two crops each (3 batches of 6 in an epoch), and a teacher's features of them."""
     table = make_pairs(20, seed=1, size=32)
-    crops = draw_crops([(32, 32)] * 20, 2, seed=0, smallest=0.5, flip=True)
+    crops = draw_crops(20, 2, seed=0, smallest=0.5, flip=True)
     dataset = PairDataset(table, 32, crops=crops)
     cache = FeatureCache.build(folder, tiny_model(seed=1), "t", table, dataset, report=lambda line: None)
     return dataset, cache
