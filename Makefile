@@ -28,6 +28,8 @@ help:
 	@echo "make readme                   make the tables in README.md anew from results/"
 	@echo "make bench-models             time the full-size towers beside Long-CLIP-B's [CAPTIONS=file.parquet]"
 	@echo "make bench-losses             time the losses, and a training step with and without distillation"
+	@echo "make bench-data               time decoding, tokenizing and the feature cache [CAPTIONS=file.parquet]"
+	@echo "make data SOURCE=coco         fetch a published data set into DATA=data/coco"
 	@echo "make setup                    create or update $(VENV); the targets above do so themselves"
 	@echo "make clean [PROFILE=scenes]   delete runs/PROFILE (models, caches); results/ stays"
 	@echo "Profiles: $(basename $(notdir $(wildcard notebooks/profiles/*.yaml)))"
@@ -71,6 +73,12 @@ bench-models: setup
 
 bench-losses: setup
 	$(BIN)/python -m jettclip.bench losses
+
+bench-data: setup
+	$(BIN)/python -m jettclip.bench data $(if $(CAPTIONS),--captions $(CAPTIONS))
+
+data: setup
+	@$(BIN)/python -m jettclip.download $(SOURCE) $(or $(DATA),data/$(SOURCE))
 
 clean:
 	@test -f notebooks/profiles/$(PROFILE).yaml || { echo "no profile '$(PROFILE)'"; exit 1; }

@@ -3,12 +3,15 @@
 Each source is a function (root, split, seed) -> table with the columns image (path or encoded bytes), long, short, split,
 key; seed is a number or several. Where an image has several short captions, long is all of them in an order shuffled per image, short the first of them.
 """
+import io
 import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from open_clip import IMAGENET_CLASSNAMES
+from PIL import Image
 
 SPLITS = ("train", "val", "test")
 SHAREGPT4V_VALIDATION = 1000  # its first rows, as in Long-CLIP
@@ -147,6 +150,41 @@ def folder(root, split, seed):
         except (KeyError, AttributeError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"line {number} of {file}: {type(error).__name__} {error}") from None
     return pd.DataFrame(items, columns=["image", "long", "short", "split", "key"])
+
+
+# ---- images of classes, for zero-shot classification
+
+def _cifar(root, folder, files, names, label_bytes):
+    """CIFAR's binary version: rows of labels (the last is wanted) and 3 x 32 x 32 bytes -> as `classes`; images become PNGs."""
+    paths = [_wanted(root, f"{folder}/{file}", what=f"the binary version of CIFAR, {folder}/") for file in files]
+    rows = np.concatenate([np.fromfile(path, np.uint8).reshape(-1, label_bytes + 3072) for path in paths])
+    images = []
+    for pixels in rows[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        images.append(file.getvalue())
+    words = _wanted(root, f"{folder}/{names}", what=f"the binary version of CIFAR, {folder}/").read_text().split()
+    return pd.DataFrame({"image": images, "label": rows[:, label_bytes - 1].astype(int)}), [word.replace("_", " ") for word in words]
+
+
+def classes(source, root, split="test"):
+    """Images of classes -> (table with the columns image and label, list of class names).
+
+    cifar10, cifar100: the binary version; imagenet: <root>/val/<wnid>/*.JPEG (or train), with open_clip's class names.
+    """
+    train = split == "train"
+    if source == "cifar10":
+        files = [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"]
+        return _cifar(root, "cifar-10-batches-bin", files, "batches.meta.txt", 1)
+    if source == "cifar100":
+        return _cifar(root, "cifar-100-binary", ["train.bin" if train else "test.bin"], "fine_label_names.txt", 2)
+    if source != "imagenet":
+        raise ValueError(f"source {source!r} has no classes: cifar10, cifar100 and imagenet have")
+    folders = sorted(path for path in (Path(root) / ("train" if train else "val")).glob("n*") if path.is_dir())
+    if len(folders) != len(IMAGENET_CLASSNAMES):
+        raise FileNotFoundError(f"{root} has {len(folders)} class folders {'train' if train else 'val'}/n*, not ImageNet's {len(IMAGENET_CLASSNAMES)}")
+    rows = [(str(path), label) for label, folder in enumerate(folders) for path in sorted(folder.glob("*.JPEG"))]
+    return pd.DataFrame(rows, columns=["image", "label"]), list(IMAGENET_CLASSNAMES)
 
 
 SOURCES = {"flickr8k": flickr8k, "sharegpt4v": sharegpt4v, "coco": coco, "karpathy": karpathy, "urban1k": urban1k, "folder": folder}

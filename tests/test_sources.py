@@ -2,11 +2,13 @@
 import io
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
-from jettclip.data import COLUMNS, clean_pairs, load_pairs
+from jettclip.data import COLUMNS, clean_pairs, load_pairs, read_image
+from jettclip.sources import classes
 
 
 def picture(path, colour=(200, 30, 30)):
@@ -135,3 +137,49 @@ def test_the_smallest_flickr8k_is_taken(tmp_path):
                      ).to_parquet(tmp_path / f"flickr8k_{pixels}px_val.parquet")
     from jettclip.data import read_image
     assert read_image(load_pairs("flickr8k", tmp_path, "val").image[0]).shape == (3, 96, 96)
+
+
+# ---- classes
+
+@pytest.mark.parametrize("source, folder, files, names, label_bytes", [
+    ("cifar10", "cifar-10-batches-bin", {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}, "batches.meta.txt", 1),
+    ("cifar100", "cifar-100-binary", {"train": ["train.bin"], "test": ["test.bin"]}, "fine_label_names.txt", 2)])
+def test_cifar(source, folder, files, names, label_bytes, tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (4, 3, 32, 32), dtype=np.uint8)
+    rows = b"".join(bytes([7] * (label_bytes - 1) + [label]) + one.tobytes() for label, one in enumerate(pixels))
+    for file in sum(files.values(), []):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / file).write_bytes(rows)
+    write(tmp_path / folder / names, "airplane\naquarium_fish\nbird\ncat\n\n")
+    table, words = classes(source, tmp_path)
+    assert words == ["airplane", "aquarium fish", "bird", "cat"] and table.label.tolist() == [0, 1, 2, 3]
+    assert all(np.array_equal(read_image(image).numpy(), one) for image, one in zip(table.image, pixels))
+    assert len(classes(source, tmp_path, "train")[0]) == 4 * len(files["train"])
+
+
+def test_imagenet(tmp_path):
+    for i in range(1000):
+        (tmp_path / f"val/n{i:08}").mkdir(parents=True)
+    picture(tmp_path / "val/n00000001/ILSVRC2012_val_00000293.JPEG")
+    table, words = classes("imagenet", tmp_path)
+    assert len(words) == 1000 and words[1] == "goldfish" and table.label.tolist() == [1] and read_image(table.image[0]).shape == (3, 16, 20)
+    (tmp_path / "val/n00000005").rmdir()
+    with pytest.raises(FileNotFoundError, match="has 999 class folders val/n\\*, not ImageNet's 1000"):
+        classes("imagenet", tmp_path)
+
+
+def test_no_classes(tmp_path):
+    with pytest.raises(ValueError, match="source 'coco' has no classes: cifar10"):
+        classes("coco", tmp_path)
+    with pytest.raises(FileNotFoundError, match="no cifar-10-batches-bin/test_batch.bin"):
+        classes("cifar10", tmp_path)
+
+
+def test_links_inside_are_followed(tmp_path):
+    """Large folders of images are often links to another disk."""
+    picture(tmp_path / "disk/a.jpg")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/images").symlink_to(tmp_path / "disk")
+    write(tmp_path / "data/metadata.jsonl", json.dumps({"file_name": "images/a.jpg", "text": "A dog. It runs."}))
+    usable(load_pairs("folder", tmp_path / "data"), 1)
