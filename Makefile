@@ -75,7 +75,7 @@ bench-losses: setup
 	$(BIN)/python -m jettclip.bench losses
 
 bench-data: setup
-	$(BIN)/python -m jettclip.bench data $(if $(CAPTIONS),--captions $(CAPTIONS))
+	$(BIN)/python -m jettclip.bench_data $(if $(CAPTIONS),--captions $(CAPTIONS))
 
 data: setup
 	@$(BIN)/python -m jettclip.download $(SOURCE) $(or $(DATA),data/$(SOURCE))

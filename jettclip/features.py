@@ -138,10 +138,11 @@ class FeatureCache:
         return cache
 
     def rows(self, index, k):
-        """Features of rows `index` (B,) seen through crops `k` (B,): normalised float (B, d) image, long, short."""
+        """Features of rows `index` (B,) seen through crops `k` (B,): float (B, d) image, long, short, of length 1 but for rounding."""
         index, k = np.asarray(index), np.asarray(k)
-        return tuple(torch.nn.functional.normalize(torch.from_numpy(part).float(), dim=1)
-                     for part in (self.image[index, k], self.long[index], self.short[index]))
+        by_crop = self.image.reshape(-1, self.image.shape[2])  # (N, K, d) -> (N K, d)
+        return tuple(torch.from_numpy(np.take(file, at, axis=0)).float() for file, at in (
+            (by_crop, index * self.image.shape[1] + k), (self.long, index), (self.short, index)))
 
 
 def file_sum(path):

@@ -50,7 +50,7 @@ def vit_base_mci_apple(pretrained=False, **sizes):
 PLAIN = {"mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bilinear"}  # MobileCLIP: [0, 1] and no more
 OPENAI = {"mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD), "interpolation": "bicubic"}
 LONGCLIP_TEXT = {"width": 512, "heads": 8, "layers": 12}  # the text tower of Long-CLIP-B
-IMAGES_AT_ONCE = 4  # in evaluation on a CPU: more do not fit its cache
+PIXELS_AT_ONCE = 4 * 256 ** 2  # in evaluation on a CPU: the activations of more do not fit its cache
 TEXT_TOWERS = ("length_aware", "stretched", "longclip")
 
 
@@ -115,8 +115,9 @@ class CLIP(nn.Module):
 
     def encode_image(self, image, normalize=False):
         """Images (B, 3, image_size, image_size) from the model's own transform -> features (B, embed_dim)."""
-        features = self.visual(image) if self.training or image.device.type != "cpu" else torch.cat(
-            [self.visual(part) for part in image.split(IMAGES_AT_ONCE)])
+        whole = self.training or image.device.type != "cpu"
+        images = len(image) if whole else max(1, PIXELS_AT_ONCE // image[0, 0].numel())
+        features = torch.cat([self.visual(part) for part in image.split(images)])
         return F.normalize(features, dim=1) if normalize else features
 
     def encode_text(self, tokens, normalize=False):

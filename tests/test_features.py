@@ -89,7 +89,7 @@ def test_rows_are_the_teachers_features(table, tmp_path):
                   teacher.encode_text(dataset.short[rows], True))
     for stored, own in zip(cache.rows(rows, ks), direct):
         assert stored.dtype == torch.float32 and torch.allclose(stored, own, atol=1e-3)
-        assert torch.allclose(stored.norm(dim=1), torch.ones(4))
+        assert torch.allclose(stored.norm(dim=1), torch.ones(4), atol=1e-3)
 
 
 def test_a_finished_cache_is_opened(finished, data):
