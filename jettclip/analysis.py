@@ -103,17 +103,16 @@ def neighbour_overlap(x, y, k=10, chunk=4096):
 def efficiency(history, base, metric="long_t2i_r1"):
     """Steps and seconds after which each run reaches what the run `base` has in the end.
 
-    history: columns model, step, seconds, `metric`, a row per evaluation; the first one that reaches it counts, so
-    numbers are rounded up to evaluations. -> table: model, against, target, steps, seconds, step_ratio and second_ratio (how many
-    times fewer than base took), NaN where a run never reaches it.
+    history: columns model, step, seconds, `metric`, a row per evaluation; the first one that reaches it counts, for the base
+    too, so numbers are rounded up to evaluations. -> table: model, against, target, steps, seconds, step_ratio and second_ratio
+    (how many times fewer than the base took), NaN where a run never reaches it.
     """
-    last = history[history.model == base].iloc[-1]
-    rows = []
-    for model, run in history.groupby("model", sort=False):
-        reached = run[run[metric] >= last[metric]]
-        step, seconds = reached.iloc[0][["step", "seconds"]] if len(reached) else (np.nan, np.nan)
-        rows.append((model, base, last[metric], step, seconds, last.step / step, last.seconds / seconds))
-    return pd.DataFrame(rows, columns=["model", "against", "target", "steps", "seconds", "step_ratio", "second_ratio"])
+    target = history[history.model == base][metric].iloc[-1]
+    first = history[history[metric] >= target].groupby("model").first().rename(columns={"step": "steps"})
+    table = first.reindex(pd.Index(history.model.unique(), name="model"))[["steps", "seconds"]]
+    ratios = (table.loc[base] / table).rename(columns={"steps": "step_ratio", "seconds": "second_ratio"})
+    return table.join(ratios).assign(against=base, target=target).reset_index()[
+        ["model", "against", "target", "steps", "seconds", "step_ratio", "second_ratio"]]
 
 
 # ---- failures

@@ -115,7 +115,8 @@ def dynamics(history, value, ylabel, target=None):
         axis.get_legend().remove()
         if target is not None:
             axis.axhline(target, color="black", linestyle=":", linewidth=1)
-            axis.text(0, target, " none, in the end", fontsize=7, va="bottom")
+    if target is not None:
+        seconds.text(1.01, target, "none,\nin the end", fontsize=7, va="center", transform=seconds.get_yaxis_transform())
     figure.legend(*steps.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
@@ -150,7 +151,7 @@ def positions(table):
     axis.axhline(0.5, color="black", linewidth=0.8)
     axis.axvline(77, color="black", linestyle="--", linewidth=1)
     axis.text(78, 1.01, "77 tokens", fontsize=8)
-    axis.text(axis.get_xlim()[1], 0.505, "chance", fontsize=8, ha="right", va="bottom")
+    axis.text(1.01, 0.5, "chance", fontsize=8, va="center", transform=axis.get_yaxis_transform())
     axis.set(xlabel="token position of the only differing detail", ylabel="accuracy", ylim=(0.35, 1.05))
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3)
     return figure
@@ -159,7 +160,7 @@ def positions(table):
 def attributes(table):
     """Accuracy with interval for each attribute of a detail, a marker per model (columns attribute, model, value, low, high) -> figure."""
     names, models = list(table.attribute.unique()), list(table.groupby("model", sort=False))
-    figure, axis = plt.subplots(figsize=(6.3, 0.8 + 0.16 * len(names) * (len(models) + 1)))
+    figure, axis = plt.subplots(figsize=(6.3, 0.8 + 0.13 * len(names) * (len(models) + 1)))
     for number, ((name, rows), (colour, _, marker)) in enumerate(zip(models, STYLES)):
         place = [names.index(one) + (number - (len(models) - 1) / 2) * 0.8 / len(models) for one in rows.attribute]
         axis.errorbar(rows.value, place, xerr=[rows.value - rows.low, rows.high - rows.value], color=colour, linestyle="none",
