@@ -66,7 +66,7 @@ def contact_sheet(images, titles, columns=4, width=6.3):
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, title in zip(axes.flat, images, titles):
-        axis.imshow(image.permute(1, 2, 0), interpolation="nearest")  # (3, H, W) -> (H, W, 3)
+        axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")  # (3, H, W) -> (H, W, 3)
         axis.set_title("\n".join(title), fontsize=6, loc="left")
     return figure
 
@@ -152,7 +152,7 @@ def positions(table):
     axis.axvline(77, color="black", linestyle="--", linewidth=1)
     axis.text(78, 1.01, "77 tokens", fontsize=8)
     axis.text(1.01, 0.5, "chance", fontsize=8, va="center", transform=axis.get_yaxis_transform())
-    axis.set(xlabel="token position of the only differing detail", ylabel="accuracy", ylim=(0.35, 1.05))
+    axis.set(xlabel="token position of the only differing detail", ylabel="accuracy", ylim=(min(0.35, table.low.min() - 0.03), 1.05))
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3)
     return figure
 
@@ -184,7 +184,7 @@ def failures(queries, wanted, found):
         shown = lines if len(lines) <= 9 else [*lines[:8], lines[8] + " ..."]
         axes[row, 0].text(0, 1, "\n".join(shown), fontsize=6.5, va="top", transform=axes[row, 0].transAxes)
         for axis, image in zip(axes[row, 1:], [right, *best]):
-            axis.imshow(image.permute(1, 2, 0), interpolation="nearest")  # (3, H, W) -> (H, W, 3)
+            axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")  # (3, H, W) -> (H, W, 3)
     for axis, title in zip(axes[0], ("caption", "wanted", "first", "second", "third")):
         axis.set_title(title, fontsize=8, loc="left")
     for axis in axes.flat:
