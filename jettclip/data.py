@@ -58,6 +58,16 @@ def load_pairs(source, root=None, split="train", n=None, seed=0, image_size=64, 
     return table.head(n) if n else table
 
 
+def load_details(source, root=None, n=1000, seed=0, image_size=64):
+    """The where-is-the-detail pairs of `source`, made of its test images, or None: only scenes and collages know where a detail is."""
+    if source == "scenes":
+        return scenes.make_details(n, 3 * seed + SPLITS.index("test"), image_size)
+    if source == "collage":
+        photos = sources.read_flickr8k(root or os.environ.get("JETTCLIP_DATA"), "test")
+        return collage.make_details(list(photos.image), list(photos.captions), n, 3 * seed + SPLITS.index("test"), image_size)
+    return None
+
+
 def read_image(image):
     """Encoded bytes or a path -> uint8 tensor (3, H, W), upright.
 

@@ -6,6 +6,7 @@
 """
 import argparse
 import importlib.metadata
+import json
 import platform
 import re
 import subprocess
@@ -22,9 +23,13 @@ from .checkpoints import write_then_rename
 from .pipeline import report_pdf, results_folder
 
 ROOT = Path(__file__).resolve().parent.parent
+# The profiles that the report tells of; it says which of the optional ones were not run.
+NEEDED, OPTIONAL = ("scenes", "flickr8k"), ("collage", "ablation", "settings", "sharegpt4v")
 # Okabe and Ito's colour-blind safe palette, ordered by lightness, each with a line style and marker for grey print.
 STYLES = [("#000000", "-", "o"), ("#0072B2", "--", "s"), ("#D55E00", "-.", "^"), ("#009E73", ":", "D"),
-          ("#CC79A7", (0, (5, 1)), "v"), ("#E69F00", (0, (3, 1, 1, 1)), "P"), ("#56B4E9", (0, (1, 1)), "X")]
+          ("#CC79A7", (0, (5, 1)), "v"), ("#E69F00", (0, (3, 1, 1, 1)), "P"), ("#56B4E9", (0, (1, 1)), "X"),
+          ("#555555", "--", "<"), ("#0072B2", "-", "*"), ("#D55E00", ":", "h"), ("#009E73", "-", ">"), ("#CC79A7", "-.", "d"),
+          ("#999999", "-", "p"), ("#000000", ":", "+"), ("#56B4E9", "-.", "x"), ("#E69F00", "-", "1")]
 
 
 def style():
@@ -61,7 +66,7 @@ def contact_sheet(images, titles, columns=4, width=6.3):
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, title in zip(axes.flat, images, titles):
-        axis.imshow(image.permute(1, 2, 0), interpolation="nearest")  # (3, H, W) -> (H, W, 3)
+        axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")  # (3, H, W) -> (H, W, 3)
         axis.set_title("\n".join(title), fontsize=6, loc="left")
     return figure
 
@@ -92,13 +97,27 @@ def spectrum(variance, k):
     return figure
 
 
-def curves(history, value, ylabel):
-    """One line per model of `history` (columns model, step, `value`) -> figure."""
-    figure, axis = plt.subplots()
+def curves(history, value, ylabel, axis=None, x="step", xlabel="training steps"):
+    """One line per model of `history` (columns model, `x`, `value`) -> figure."""
+    axis = axis or plt.subplots()[1]
     for (name, rows), (colour, line, marker) in zip(history.groupby("model", sort=False), STYLES):
-        axis.plot(rows.step, rows[value], color=colour, linestyle=line, marker=marker, markersize=4, label=label(name))
-    axis.set(xlabel="training steps", ylabel=ylabel, ylim=(0, None))
+        axis.plot(rows[x], rows[value], color=colour, linestyle=line, marker=marker, markersize=4, label=label(name))
+    axis.set(xlabel=xlabel, ylabel=ylabel, xlim=(0, None), ylim=(0, None))
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return axis.figure
+
+
+def dynamics(history, value, ylabel, target=None):
+    """`value` against steps and against seconds, side by side, and a line at what the undistilled student has in the end -> figure."""
+    figure, (steps, seconds) = plt.subplots(1, 2, sharey=True, figsize=(6.3, 3.6))
+    for axis, x, xlabel in ((steps, "step", "training steps"), (seconds, "seconds", "seconds")):
+        curves(history, value, ylabel if x == "step" else None, axis, x, xlabel)
+        axis.get_legend().remove()
+        if target is not None:
+            axis.axhline(target, color="black", linestyle=":", linewidth=1)
+    if target is not None:
+        seconds.text(1.01, target, "none,\nin the end", fontsize=7, va="center", transform=seconds.get_yaxis_transform())
+    figure.legend(*steps.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -132,9 +151,44 @@ def positions(table):
     axis.axhline(0.5, color="black", linewidth=0.8)
     axis.axvline(77, color="black", linestyle="--", linewidth=1)
     axis.text(78, 1.01, "77 tokens", fontsize=8)
-    axis.text(axis.get_xlim()[1], 0.505, "chance", fontsize=8, ha="right", va="bottom")
-    axis.set(xlabel="token position of the only differing detail", ylabel="accuracy", ylim=(0.35, 1.05))
+    axis.text(1.01, 0.5, "chance", fontsize=8, va="center", transform=axis.get_yaxis_transform())
+    axis.set(xlabel="token position of the only differing detail", ylabel="accuracy", ylim=(min(0.35, table.low.min() - 0.03), 1.05))
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3)
+    return figure
+
+
+def attributes(table):
+    """Accuracy with interval for each attribute of a detail, a marker per model (columns attribute, model, value, low, high) -> figure."""
+    names, models = list(table.attribute.unique()), list(table.groupby("model", sort=False))
+    figure, axis = plt.subplots(figsize=(6.3, 0.8 + 0.13 * len(names) * (len(models) + 1)))
+    for number, ((name, rows), (colour, _, marker)) in enumerate(zip(models, STYLES)):
+        place = [names.index(one) + (number - (len(models) - 1) / 2) * 0.8 / len(models) for one in rows.attribute]
+        axis.errorbar(rows.value, place, xerr=[rows.value - rows.low, rows.high - rows.value], color=colour, linestyle="none",
+                      marker=marker, markersize=4, capsize=2, linewidth=1, label=label(name))
+    axis.set_yticks(range(len(names)), names)
+    axis.axvline(0.5, color="black", linewidth=0.8)
+    axis.set(xlabel="accuracy (chance 0.5)", ylim=(len(names) - 0.5, -0.5))
+    axis.grid(axis="y", visible=False)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def failures(queries, wanted, found):
+    """A row for each query: its caption, the wanted image, the three images that the model likes best -> figure.
+
+    queries: captions, cut to what fits; wanted: images (uint8 (3, H, W)); found: lists of three.
+    """
+    figure, axes = plt.subplots(len(queries), 5, figsize=(6.3, 1.25 * len(queries) + 0.25), squeeze=False, width_ratios=[2.1, 1, 1, 1, 1])
+    for row, (query, right, best) in enumerate(zip(queries, wanted, found)):
+        lines = textwrap.wrap(query, 38)
+        shown = lines if len(lines) <= 9 else [*lines[:8], lines[8] + " ..."]
+        axes[row, 0].text(0, 1, "\n".join(shown), fontsize=6.5, va="top", transform=axes[row, 0].transAxes)
+        for axis, image in zip(axes[row, 1:], [right, *best]):
+            axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")  # (3, H, W) -> (H, W, 3)
+    for axis, title in zip(axes[0], ("caption", "wanted", "first", "second", "third")):
+        axis.set_title(title, fontsize=8, loc="left")
+    for axis in axes.flat:
+        axis.axis("off")
     return figure
 
 
@@ -180,18 +234,33 @@ def pdf(profile):
     """Compile report/report.typ; its numbers come from results/*/*.csv (for `smoke`, all from runs/smoke/results)."""
     import typst
 
-    folders = {name: results_folder(profile if profile == "smoke" else name) for name in ("scenes", "flickr8k", "ablation", "settings")}
-    missing = {name for name, folder in folders.items() if not (ROOT / folder / "provenance.json").exists()}
-    folders = {name: folder for name, folder in folders.items() if name not in missing}
-    needed = sorted(missing - {"ablation", "settings"})  # without these two, the report says that they were not run
-    if needed:
-        raise FileNotFoundError(f"the report needs results/{' and results/'.join(needed)}: "
+    folders = {name: results_folder(profile if profile == "smoke" else name) for name in (*NEEDED, *OPTIONAL)}
+    folders = {name: folder for name, folder in folders.items() if (ROOT / folder / "provenance.json").exists()}
+    if missing := sorted({*NEEDED} - {*folders}):
+        raise FileNotFoundError(f"the report needs results/{' and results/'.join(missing)}: "
                                 "run `make report PROFILE=...` for it first")
+    files = [f"/{path.relative_to(ROOT)}" for folder in folders.values() for path in sorted((ROOT / folder).iterdir())]
     output = ROOT / report_pdf(profile)
     write_then_rename(output, lambda path: typst.compile(
         ROOT / "report/report.typ", output=path, root=ROOT,
-        sys_inputs={name: f"/{folder}" for name, folder in folders.items()}))
+        sys_inputs={**{name: f"/{folder}" for name, folder in folders.items()}, "files": json.dumps(files)}))
     return output
+
+
+def html(profile):
+    """Every executed notebook of `profile` as a page of report/build/<profile>/ -> the pages."""
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    exporter, pages = HTMLExporter(), []
+    for path in sorted((ROOT / "runs" / profile).glob("*/0?_*.ipynb")):
+        if path.name.endswith((".partial.ipynb", ".failed.ipynb")):
+            continue
+        name = path.stem if path.stem != "02_train" else f"02_train-{path.parent.name}"
+        page, _ = exporter.from_notebook_node(nbformat.read(path, as_version=4), {"metadata": {"name": name}})
+        pages.append(ROOT / "report/build" / profile / f"{name}.html")
+        write_then_rename(pages[-1], lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    return pages
 
 
 def count_models(names):
@@ -247,14 +316,15 @@ def readme(text):
 def main():
     parser = argparse.ArgumentParser(prog="python -m jettclip.report", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    compile_pdf = commands.add_parser("pdf", help="compile the report")
+    compile_pdf = commands.add_parser("pdf", help="compile the report, and the executed notebooks as HTML")
     compile_pdf.add_argument("--profile", default="scenes", help="smoke reads runs/smoke/results in place of results/scenes")
     commands.add_parser("models", help="count every model into results/models.csv")
     commands.add_parser("readme", help="make the tables in README.md anew")
     args = parser.parse_args()
     try:
         if args.command == "pdf":
-            print(f"wrote {pdf(args.profile)}")
+            pages = html(args.profile)
+            print(f"wrote {pdf(args.profile)}" + (f" and {len(pages)} notebooks to {pages[0].parent}" if pages else ""))
         elif args.command == "models":
             from .models import MODELS
             save_csv(count_models(sorted(MODELS)), ROOT / "results/models.csv")

@@ -1,12 +1,14 @@
 """A collage shows the photographs that its caption names, where it names them."""
 import io
+import re
 
 import numpy as np
 import pytest
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 
-from jettclip.collage import GRIDS, collage, make_pairs
+from jettclip.collage import GRIDS, collage, make_details, make_pairs
+from jettclip.text import tokenizer
 
 N = 30
 
@@ -46,3 +48,20 @@ def test_captions_are_long_and_summaries_short(photos):
     assert pairs.image.is_unique and pairs.long.is_unique and pairs.key.is_unique
     splits = [set(make_pairs(*photos, n=20, seed=seed, size=24, split=split).long) for seed in (0, 1) for split in ("train", "val", "test")]
     assert len(set.union(*splits)) == 120
+
+
+def test_a_detail_is_one_photograph_and_its_sentences(photos):
+    details = make_details(*photos, n=40, seed=2, size=72)
+    assert details.columns.tolist() == ["image", "other_image", "long", "other_long", "attribute", "position", "key"]
+    tokenize = tokenizer()
+    for row in details.itertuples():
+        one, other = tokenize([row.long, row.other_long])
+        assert row.attribute == "photo" and one[:row.position].equal(other[:row.position]) and one[row.position] != other[row.position]
+        short, *told = re.split(r"(?=In the |On the )", row.long)
+        other_short, *other_told = re.split(r"(?=In the |On the )", row.other_long)
+        assert short == other_short and sum(a != b for a, b in zip(told, other_told, strict=True)) == 1
+        a, b = (np.array(Image.open(io.BytesIO(image)).convert("L"), int) for image in (row.image, row.other_image))
+        changed = (abs(a - b) > 3).mean()
+        assert any(abs(changed - 1 / n) < 0.03 for n in (3, 4, 9))  # one cell of the grid, and no more
+    assert (details.position < 77).any() and (details.position >= 77).any() and details.key.is_unique
+    assert details.equals(make_details(*photos, n=40, seed=2, size=72))

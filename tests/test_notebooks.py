@@ -36,6 +36,8 @@ def test_every_step_is_done_and_the_report_is_built(first_run):
     for folder in ("data", "teacher", "none-s0", "crd+fd-both-s0", "deploy", "evaluate", "report"):
         assert json.loads((RUN / folder / "done.json").read_text())["seconds"] > 0
     assert (ROOT / "report/build/report-smoke.pdf").read_bytes().startswith(b"%PDF")
+    pages = {path.stem for path in (ROOT / "report/build/smoke").glob("*.html")}
+    assert {"00_data", "02_train-crd+fd-both-s0", "04_evaluate", "05_report"} <= pages
 
 
 def test_progress_is_told_step_by_step(first_run):
@@ -49,6 +51,20 @@ def test_results_have_models_and_intervals(first_run):
                                               "fd-long-context_length77-s0"]
     assert all(float(row["low"]) <= float(row["value"]) <= float(row["high"]) for row in rows)
     assert {row["context"] for row in rows} == {"77", "248"}
+
+
+def test_differences_are_corrected_for_their_number(first_run):
+    rows = [row for row in read("differences.csv") if row["task"] == "long" and row["metric"] == "t2i_r10"]
+    assert len(rows) == 2 and all(float(row["p"]) <= float(row["p_holm"]) <= min(1, 2 * float(row["p"]) + 1e-6) or
+                                  float(row["p_holm"]) == max(float(one["p_holm"]) for one in rows) for row in rows)
+
+
+def test_cost_geometry_and_failures_are_told(first_run):
+    assert {row["model"] for row in read("efficiency.csv")} == {"none-s0", "crd+fd-both-s0", "fd-long-context_length77-s0"}
+    assert all(-1 < float(row["value"]) <= 1 for row in read("geometry.csv"))
+    failures = read("failures.csv")
+    assert failures and all(row["caption"] and int(row["rank"]) > 1 and row["first"] != row["second"] for row in failures)
+    assert {row["attribute"] for row in read("attributes.csv")} == {"colour", "pattern", "place", "shape", "size"}
 
 
 def test_a_77_token_model_is_at_chance_for_details_it_cannot_read(first_run):
