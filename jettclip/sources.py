@@ -1,7 +1,8 @@
 """Captioned photographs as their authors publish them -> one table of pairs.
 
 Each source is a function (root, split, seed) -> table with the columns image (path or encoded bytes), long, short, split,
-key; seed is a number or several. Where an image has several short captions, long is all of them in an order shuffled per image, short the first of them.
+key; seed is a number or several. Where an image has several short captions, they are
+in the column captions, long is all of them in an order shuffled per image, and short the first of that.
 """
 import io
 import json
@@ -62,7 +63,8 @@ def _several(images, captions, split, keys, seed):
     """Rows of images with several short captions each."""
     rng = np.random.default_rng([*np.atleast_1d(seed), SPLITS.index(split)])
     shuffled = [[sentence(each[i]) for i in rng.permutation(len(each))] for each in captions]
-    return _table(images, [" ".join(each) for each in shuffled], [each[0].rstrip(".") if each else "" for each in shuffled], split, keys)
+    table = _table(images, [" ".join(each) for each in shuffled], [each[0].rstrip(".") if each else "" for each in shuffled], split, keys)
+    return table.assign(captions=[list(each) for each in captions])
 
 
 def read_flickr8k(root, split):

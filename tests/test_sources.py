@@ -23,7 +23,7 @@ def write(path, value):
 
 def usable(pairs, n):
     """The table as asked for, every image of it readable."""
-    assert list(pairs.columns) == COLUMNS and len(pairs) == n
+    assert list(pairs.columns)[:5] == COLUMNS and len(pairs) == n
     good, problems = clean_pairs(pairs)
     assert len(good) == n and problems.empty
     return pairs
