@@ -55,30 +55,31 @@ def swapped_details(table, seed=0):
 
 # ---- what the student kept of its teacher's geometry
 
-def linear_cka(x, y):
-    """Linear centred kernel alignment of features x (N, d) and y (N, e) of the same N >= 4 rows: 1 for a rotation of each other.
+def linear_cka(x, y, keep=None):
+    """Linear centred kernel alignment of features x (N, d) and y (N, e) of the same rows: 1 for a rotation of each other.
 
     Kornblith et al. (2019), with the unbiased estimator of HSIC (Song et al., 2012), which is 0 on average for unrelated
-    features; the plain one grows with d / N.
+    features; the plain one grows with d / N. keep (B, N) of zeros and ones: one value for each choice of rows, at least 4, -> (B,).
     """
-    kernels = []
-    for features in (x, y):
-        kernel = features.double() @ features.double().T  # (N, d) -> (N, N)
-        kernels.append(kernel.fill_diagonal_(0))
+    keep = torch.ones(1, len(x), dtype=torch.double) if keep is None else keep.double()
+    k, l = (centred @ centred.T for centred in (f.double() - f.double().mean(dim=0) for f in (x, y)))  # (N, N)
+    k.fill_diagonal_(0)
+    l.fill_diagonal_(0)
+    n = keep.sum(dim=1)
 
     def hsic(k, l):
-        n = len(k)
-        return ((k * l).sum() + k.sum() * l.sum() / ((n - 1) * (n - 2)) - 2 * (k.sum(0) @ l.sum(0)) / (n - 2)) / (n * (n - 3))
+        k_sums, l_sums, both = (keep * (keep @ one) for one in (k, l, k * l))  # (B, N): of each column over the rows that are kept
+        pairs = both.sum(1) + k_sums.sum(1) * l_sums.sum(1) / ((n - 1) * (n - 2)) - 2 * (k_sums * l_sums).sum(1) / (n - 2)
+        return pairs / (n * (n - 3))
 
-    k, l = kernels
-    return (hsic(k, l) / (hsic(k, k) * hsic(l, l)).sqrt()).item()
+    return hsic(k, l) / (hsic(k, k) * hsic(l, l)).sqrt()
 
 
 def cka_interval(x, y, blocks=20):
     """`linear_cka` with a 95 % interval from the block jackknife (rows drawn twice would bias a bootstrap) -> value, low, high, n."""
-    value, block = linear_cka(x, y), torch.arange(len(x)) % blocks
-    left_out = np.array([linear_cka(x[block != b], y[block != b]) for b in range(blocks)])
-    half = 1.96 * np.sqrt((blocks - 1) * left_out.var())
+    left_out = 1 - torch.nn.functional.one_hot(torch.arange(len(x)) % blocks).T  # (blocks, N)
+    value, *others = linear_cka(x, y, torch.cat([torch.ones(1, len(x)), left_out])).tolist()
+    half = 1.96 * np.sqrt((blocks - 1) * np.var(others))
     return {"value": value, "low": value - half, "high": value + half, "n": len(x)}
 
 

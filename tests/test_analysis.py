@@ -75,10 +75,15 @@ def test_cka_of_rotated_shifted_and_unrelated_features():
     x = features(200, 16)
     rotation = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(1)))[0]
     assert linear_cka(x, x) == pytest.approx(1) and linear_cka(x, 3 * x @ rotation + 0.5) == pytest.approx(1, abs=1e-6)
-    unrelated = [linear_cka(features(60, 32, seed), features(60, 48, seed + 100)) for seed in range(20)]
+    flat = x.double() * 1e-7 + torch.ones(16)  # nearly the same feature everywhere, as of a model that has hardly begun
+    assert linear_cka(flat, x) == pytest.approx(1, abs=1e-3)
+    unrelated = [linear_cka(features(60, 32, seed), features(60, 48, seed + 100)).item() for seed in range(20)]
     assert abs(np.mean(unrelated)) < 0.02  # the biased estimator is at 0.4 here
     one = cka_interval(x, normalize(x + 0.5 * features(200, 16, 3), dim=1))
     assert one["low"] < one["value"] < one["high"] and one["high"] - one["low"] < 0.2 and one["n"] == 200
+    y = normalize(x + features(200, 16, 3), dim=1)
+    keep = torch.arange(200) % 3 != torch.tensor([[0], [1]])
+    assert linear_cka(x, y, keep).tolist() == pytest.approx([linear_cka(x[rows], y[rows]).item() for rows in keep])
 
 
 def test_cka_against_all_quadruples():
@@ -96,7 +101,7 @@ def test_cka_against_all_quadruples():
         return total / (n * (n - 1) * (n - 2) * (n - 3))
 
     k, l = x @ x.T, y @ y.T
-    assert linear_cka(x, y) == pytest.approx((hsic(k, l) / (hsic(k, k) * hsic(l, l)).sqrt()).item())
+    assert linear_cka(x, y).item() == pytest.approx((hsic(k, l) / (hsic(k, k) * hsic(l, l)).sqrt()).item())
 
 
 def test_neighbour_overlap():

@@ -236,7 +236,7 @@ def test_zero_shot_is_open_clips(context_length):
         assert torch.allclose(weights, open_clip.build_zero_shot_classifier(model, tokenizer, names, CIFAR_TEMPLATES), atol=1e-5)
         scores = model.encode_image(torch.stack([prepare(picture) for picture in pictures]), normalize=True) @ weights
     expected = [scores[row].argsort(descending=True).tolist().index(label) for row, label in enumerate(labels)]
-    assert zero_shot(model, tokenizer, files, labels, names, CIFAR_TEMPLATES).tolist() == expected
+    assert zero_shot(model, tokenizer, pd.Series(files), pd.Series(labels), names, CIFAR_TEMPLATES).tolist() == expected
 
 
 def test_images_and_texts_in_batches(table):
@@ -308,6 +308,7 @@ def test_by_position():
     assert table.position.tolist() == [10, 30, 170] and table.n.tolist() == [10, 12, 10]
     assert table.value.tolist() == [1, 0, 0.75]
     assert table.low[2] < 0.75 < table.high[2]
+    assert by_position(choices[:9], positions[:9]).columns.tolist() == table.columns.tolist()  # too few of any
 
 
 def test_by_attribute():
