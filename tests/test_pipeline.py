@@ -197,7 +197,7 @@ def test_step_succeeds(root, tmp_path, monkeypatch):
     assert done["step"] == "00_data" and done["seconds"] > 0 and done["made_by"] == steps["00_data"].made_by
     executed = json.loads((root / "runs/tiny/data/00_data.ipynb").read_text())
     assert "tiny 32" in str(executed["cells"][-1]["outputs"])
-    assert left(root) == [".lock", "00_data.ipynb", "done.json"]
+    assert left(root) == ["00_data.ipynb", "done.json"]
     assert pipeline.finished(steps["00_data"], steps) and not pipeline.finished(steps["05_report"], steps)
 
 
@@ -208,7 +208,7 @@ def test_step_fails(root):
     failed = root / "runs/tiny/data/00_data.failed.ipynb"
     assert output.rstrip().endswith(f"00_data.ipynb failed; its executed copy is {failed}")
     assert "a wrong size" in failed.read_text() and "\x1b" not in output
-    assert left(root) == [".lock", "00_data.failed.ipynb"]
+    assert left(root) == ["00_data.failed.ipynb"]
 
 
 def test_step_killed(root):
@@ -223,7 +223,7 @@ def test_step_killed(root):
     write_notebook(root, "00_data")
     code, output = step(root, "00_data")
     assert code == 0 and "hello from tiny" in output and "waiting" not in output
-    assert left(root) == [".lock", "00_data.ipynb", "done.json"]
+    assert left(root) == ["00_data.ipynb", "done.json"]
 
 
 def test_progress_line(root, monkeypatch):
