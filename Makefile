@@ -21,7 +21,7 @@ THREADS ?=
 # Real captions for bench-models, a Parquet file with a column `text`; without it those of scenes are used.
 CAPTIONS ?=
 
-.PHONY: help setup test test-cluster report sweep readme lab bench-models bench-losses clean
+.PHONY: help setup test test-cluster report sweep readme lab bench-models bench-losses bench-train clean
 
 help:
 	@echo "make report [PROFILE=scenes]  run the notebooks of a profile, build report/build/report.pdf [THREADS=1] [KEEP_GOING=1]"
@@ -31,6 +31,7 @@ help:
 	@echo "make readme                   make the tables in README.md anew from results/"
 	@echo "make bench-models             time the full-size towers beside Long-CLIP-B's [CAPTIONS=file.parquet]"
 	@echo "make bench-losses             time the losses, and a training step with and without distillation"
+	@echo "make bench-train              time training without distillation, from cached features and an online teacher [TRAIN=--model ...]"
 	@echo "make setup                    create or update $(VENV); the targets above do so themselves"
 	@echo "make clean [PROFILE=scenes]   delete runs/PROFILE (models, caches); results/ stays"
 	@echo "Profiles: $(basename $(notdir $(wildcard notebooks/profiles/*.yaml)))"
@@ -86,6 +87,9 @@ bench-models: setup
 
 bench-losses: setup
 	$(BIN)/python -m jettclip.bench losses
+
+bench-train: setup
+	$(BIN)/python -m jettclip.bench train $(TRAIN)
 
 clean:
 	@test -f notebooks/profiles/$(PROFILE).yaml || { echo "no profile '$(PROFILE)'"; exit 1; }

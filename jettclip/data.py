@@ -153,7 +153,7 @@ def epoch_batches(n, batch_size, seed, epoch, crops=1):
 def loader(dataset, batches):
     """Iterate over `batches` of (row, crop): rows (B,), crops (B,), images (B, 3, S, S), long and short tokens (B, L)."""
     # Its own generator: a DataLoader draws from the global one otherwise, and a resumed run would draw once more.
-    return DataLoader(dataset, batch_sampler=batches, generator=torch.Generator())
+    return DataLoader(dataset, batch_sampler=batches, generator=torch.Generator(), pin_memory=torch.cuda.is_available())
 
 
 def in_order(n, batch_size, k=0):

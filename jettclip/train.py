@@ -83,7 +83,7 @@ def optimizer_of(model, config, heads=None):
     plain = {name for name, p in named if p.ndim < 2 or "positional" in name or "layer_scale" in name}
     groups = [{"params": [p for name, p in named if (name in plain) == is_plain],
                "weight_decay": 0.0 if is_plain else config.weight_decay} for is_plain in (False, True)]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6, fused=model.logit_scale.is_cuda or None)
 
 
 # ---- one step
