@@ -27,6 +27,7 @@ help:
 	@echo "make report [PROFILE=scenes]  run the notebooks of a profile, build report/build/report.pdf [THREADS=1] [KEEP_GOING=1]"
 	@echo "make sweep [PROFILE=scenes]   the same on a Slurm cluster, as profiles/slurm/config.yaml says"
 	@echo "make test                     run the tests"
+	@echo "make test-cluster             run smoke through a Slurm that it installs and starts (root in a Debian container)"
 	@echo "make lab                      open the notebooks in JupyterLab"
 	@echo "make readme                   make the tables in README.md anew from results/"
 	@echo "make bench-models             time the full-size towers beside Long-CLIP-B's [CAPTIONS=file.parquet]"
@@ -57,6 +58,9 @@ $(VENV)/.done: requirements.txt pyproject.toml
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-cluster: $(VENV)/.cluster
+	$(BIN)/python tests/cluster/run.py
 
 report: setup
 	@$(BIN)/python -m jettclip.pipeline check $(PROFILE)
