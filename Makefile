@@ -14,22 +14,27 @@ BIN      = $(VENV)/bin
 SNAKEMAKE_FLAGS = --cores $${OMP_NUM_THREADS:-all} --nolock --rerun-incomplete \
 	--rerun-triggers params input mtime --scheduler greedy $(QUIET)
 
+# A student that fails: stop (default), or with KEEP_GOING=1 train the others and report without it.
+KEEP_GOING ?=
 # Cores of each student's training; THREADS=1 trains several side by side, which is faster for a long list of them.
 THREADS ?=
 # Real captions for bench-models, a Parquet file with a column `text`; without it those of scenes are used.
 CAPTIONS ?=
 
-.PHONY: help setup test report readme lab bench-models bench-losses clean
+.PHONY: help setup test test-cluster report sweep readme lab bench-models bench-losses bench-train clean
 
 help:
-	@echo "make report [PROFILE=scenes]  run the notebooks of a profile, build report/build/report.pdf [THREADS=1]"
+	@echo "make report [PROFILE=scenes]  run the notebooks of a profile, build report/build/report.pdf [THREADS=1] [KEEP_GOING=1]"
+	@echo "make sweep [PROFILE=scenes]   the same on a Slurm cluster, as profiles/slurm/config.yaml says"
 	@echo "make test                     run the tests"
+	@echo "make test-cluster             run smoke through a Slurm that it installs and starts (root in a Debian container)"
 	@echo "make lab                      open the notebooks in JupyterLab"
 	@echo "make readme                   make the tables in README.md anew from results/"
 	@echo "make bench-models             time the full-size towers beside Long-CLIP-B's [CAPTIONS=file.parquet]"
 	@echo "make bench-losses             time the losses, and a training step with and without distillation"
 	@echo "make bench-data               time decoding, tokenizing and the feature cache [CAPTIONS=file.parquet]"
 	@echo "make data SOURCE=coco         fetch a published data set into DATA=data/coco"
+	@echo "make bench-train              time training without distillation, from cached features and an online teacher [TRAIN=--model ...]"
 	@echo "make setup                    create or update $(VENV); the targets above do so themselves"
 	@echo "make clean [PROFILE=scenes]   delete runs/PROFILE (models, caches); results/ stays"
 	@echo "Profiles: $(basename $(notdir $(wildcard notebooks/profiles/*.yaml)))"
@@ -56,11 +61,26 @@ $(VENV)/.done: requirements.txt pyproject.toml
 test: setup
 	$(BIN)/python -m pytest
 
+test-cluster: $(VENV)/.cluster
+	$(BIN)/python tests/cluster/run.py
+
 report: setup
 	@$(BIN)/python -m jettclip.pipeline check $(PROFILE)
-	@$(BIN)/python -m snakemake $(SNAKEMAKE_FLAGS) --config profile=$(PROFILE) $(if $(THREADS),threads=$(THREADS)) || { \
+	@run="$(BIN)/python -m snakemake $(if $(SLURM),--profile profiles/slurm,$(SNAKEMAKE_FLAGS)) \
+		--config profile=$(PROFILE) $(if $(THREADS),threads=$(THREADS))"; \
+	$$run $(if $(KEEP_GOING),--keep-going) || { \
+		$(if $(KEEP_GOING),$$run holes=1 && echo "The report in report/build lacks these students:" && \
+			$(BIN)/python -m jettclip.pipeline check $(PROFILE) | grep "^to do  02";) \
 		echo "Stopped. If no line above says why: make report PROFILE=$(PROFILE) QUIET="; exit 1; }
 	@echo "The report is in report/build"
+
+# Students that failed are tried again by the next call; until then the report says where they are missing.
+sweep: $(VENV)/.cluster
+	@$(MAKE) --no-print-directory report SLURM=1 KEEP_GOING=1
+
+$(VENV)/.cluster: $(VENV)/.done
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-build-isolation -e '.[cluster]'
+	@touch $@
 
 lab: setup
 	cd notebooks && ../$(BIN)/jupyter lab
@@ -79,6 +99,9 @@ bench-data: setup
 
 data: setup
 	@$(BIN)/python -m jettclip.download $(SOURCE) $(or $(DATA),data/$(SOURCE))
+
+bench-train: setup
+	$(BIN)/python -m jettclip.bench train $(TRAIN)
 
 clean:
 	@test -f notebooks/profiles/$(PROFILE).yaml || { echo "no profile '$(PROFILE)'"; exit 1; }

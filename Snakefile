@@ -3,14 +3,20 @@
 #
 #     snakemake --cores all --config profile=scenes --rerun-triggers params input mtime --dry-run
 #
+# Each step as a Slurm job: `snakemake --profile profiles/slurm --config profile=scenes`.
+#
 # A step runs again when its notebook's code cells or its parameters change (`made_by`; prose, outputs and
 # the notebook's modification time do not count), and when a step that it needs has run again. Changes of
 # jettclip/*.py are not seen: `make clean PROFILE=scenes` starts over.
+#
+# With `--keep-going`, a failed student stops only what needs it. `--config holes=1` then makes the report without the
+# students that are missing, trains none, and says in the tables which those are.
 #
 # The executed notebooks lie beside done.json. They are neither outputs, which Snakemake deletes after a
 # failure, nor logs, which it then creates empty.
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -26,18 +32,31 @@ except ValueError as error:
     raise WorkflowError(str(error)) from None
 
 RUNS = f"runs/{P}"
+if config.get("holes"):
+    MISSING = pipeline.without_student(STEPS)
+    STEPS = {label: step for label, step in STEPS.items() if step.done.parent.name not in MISSING}
 VARIANTS = [step.done.parent.name for step in STEPS.values() if step.notebook == "02_train"]
+if not VARIANTS:
+    raise WorkflowError(f"{P}: no student is trained, so there is nothing to report")
 ALL = [os.path.relpath(step.done) for step in STEPS.values()]
 TRAINED = expand(RUNS + "/{variant}/done.json", variant=VARIANTS)
 PDF = pipeline.report_pdf(P)
 # exec: no shell stays between Snakemake and the step, so signals arrive.
 RUN = f'exec "{sys.executable}" -m jettclip.pipeline run --profile {P}'
+# Slurm signals every process of a job: the step answers, and Snakemake must not end of it.
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 # The lines on progress count from here; jobs inherit it.
 os.environ.setdefault("JETTCLIP_STARTED", str(time.time()))
 # Each notebook uses all cores, so one runs at a time; with `--config threads=1`, as many students as there are cores are
 # trained side by side. Snakemake sets OMP_NUM_THREADS of a job to this number; at its default torch would use a single core.
 THREADS = workflow.cores or 1
 TRAIN_THREADS = min(THREADS, int(config.get("threads", THREADS)))
+
+
+localrules:
+    all,
+    notebooks,
+    pdf,
 
 
 wildcard_constraints:

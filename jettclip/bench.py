@@ -2,22 +2,36 @@
 
     python -m jettclip.bench models --captions long_captions.parquet   # full-size towers beside Long-CLIP-B (make bench-models)
     python -m jettclip.bench losses                                    # each loss, and a step of training (make bench-losses)
+    python -m jettclip.bench train --model JettCLIP-S0 --teacher LongCLIP-B --batch 256     # training (make bench-train)
 
 Ratios of one run mean something where milliseconds of a shared machine do not.
 """
 import argparse
+import itertools
+import statistics
+import tempfile
+import time
+from pathlib import Path
 
+import numpy as np
 import open_clip
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from .data import PairDataset, in_order, loader
+from .checkpoints import write_json
+from .data import PairDataset, draw_crops, epoch_batches, in_order, loader
 from .deploy import benchmark, pack, parameters_m
+from .features import FeatureCache
 from .losses import METHODS, Heads, primary_components, total_loss
 from .models import create_model, reparameterize
 from .scenes import make_pairs
 from .text import CONTEXT, tokenizer
+from .train import Config, backward, optimizer_of
+
+PEAK = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121}  # dense bf16 TFLOP/s, NVIDIA's data sheets
 
 
 @torch.inference_mode()
@@ -137,6 +151,71 @@ def benchmark_step(method="crd+fd", batch=128, pairs=512, repeats=5):
     return benchmark({"without distillation": lambda: step("none"), method: lambda: step(method)}, repeats)
 
 
+# ---- training
+
+def random_cache(folder, rows, width):
+    """A feature cache of random unit vectors with one crop: as fast to read as a teacher's."""
+    rng = np.random.default_rng(0)
+    for name, shape in (("image", (rows, 1, width)), ("long", (rows, width)), ("short", (rows, width))):
+        np.save(folder / f"{name}.npy", rng.standard_normal(shape).astype(np.float16))
+    np.save(folder / "crops.npy", draw_crops([(1, 1)] * rows, 1, seed=0))
+    write_json(folder / "manifest.json", {})
+    return FeatureCache(folder)
+
+
+def benchmark_train(name="JettCLIP-T", teacher="LongCLIP-T", batch=64, pairs=512, method="crd+fd", repeats=10):
+    """Whole steps of training `name` on scenes at its image size, loader and optimizer included: without distillation, from
+    cached features, and from the teacher run in each step. They take turns.
+
+    On a GPU in bfloat16. -> table: what, samples_s, waiting (share of the time that goes to the loader), step_ms, ratio (of its
+    time to that without distillation), and peak (share of a known GPU's dense bf16 peak; the teacher's work counts too).
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    online = create_model(teacher, device=device).eval()
+    size = create_model(name).image_size
+    dataset, waits, flops = PairDataset(make_pairs(pairs, seed=0, size=size), size), {}, {}
+
+    def trainer(what, cache):
+        config = Config(steps=1, batch_size=batch, method="none" if what == "without distillation" else method, bf16=device == "cuda")
+        model = create_model(name, device=device).to(memory_format=torch.channels_last).train()
+        optimizer, waits[what] = optimizer_of(model, config), []
+        batches = itertools.chain.from_iterable(loader(dataset, epoch_batches(pairs, batch, 0, epoch)) for epoch in itertools.count())
+
+        def features(rows, ks, images, long, short):
+            if what == "cached features":
+                return [feature.to(device) for feature in cache.rows(rows, ks)]
+            images = F.interpolate(images, (online.image_size, online.image_size), mode="bilinear")
+            with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=config.bf16):
+                taught = online.encode_image(images, True), online.encode_text(long, True), online.encode_text(short, True)
+            return [feature.float().clone() for feature in taught]
+
+        def step():
+            optimizer.zero_grad(set_to_none=True)
+            start = time.perf_counter()
+            rows, ks, *inputs = next(batches)
+            waits[what].append(1e3 * (time.perf_counter() - start))
+            inputs = [x.to(device, non_blocking=True) for x in inputs]
+            taught = None if config.method == "none" else features(rows, ks, *inputs)
+            backward(model, (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:], None), lambda student: total_loss(
+                student[:3], taught, model.logit_scale.exp(), method=config.method), config)
+            optimizer.step()
+
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused attention is not counted
+            step()
+        flops[what] = counter.get_total_flops()
+        return step
+
+    with tempfile.TemporaryDirectory() as folder:
+        cache = random_cache(Path(folder), pairs, online.config["embed_dim"])
+        table = benchmark({what: trainer(what, cache) for what in ("without distillation", "cached features", "online teacher")}, repeats)
+    gpu = torch.cuda.get_device_name() if device == "cuda" else ""
+    peak = next((teraflops for key, teraflops in PEAK.items() if key in gpu), float("nan"))
+    return pd.DataFrame({
+        "what": table.name, "samples_s": 1e3 * batch / table.p50_ms,
+        "waiting": table.name.map(lambda what: statistics.median(waits[what][-repeats:])) / table.p50_ms,
+        "step_ms": table.p50_ms, "ratio": table.p50_ms / table.p50_ms[0], "peak": table.name.map(flops) / table.p50_ms / 1e9 / peak})
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m jettclip.bench", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -144,13 +223,20 @@ def main():
     models.add_argument("--models", nargs="+", default=["JettCLIP-S0", "JettCLIP-S1", "JettCLIP-S2", "JettCLIP-B", "LongCLIP-B"])
     models.add_argument("--captions", help="Parquet file with a column `text`; default: captions of scenes")
     losses = commands.add_parser("losses", help=benchmark_losses.__doc__.splitlines()[0])
-    for command, repeats in ((models, 3), (losses, 10)):
+    train = commands.add_parser("train", help="samples per second and time spent waiting, with and without a teacher")
+    train.add_argument("--model", default="JettCLIP-T", help="student (default: %(default)s)")
+    train.add_argument("--teacher", default="LongCLIP-T", help="the online teacher (default: %(default)s)")
+    train.add_argument("--batch", type=int, default=64, help="default: %(default)s")
+    for command, repeats in ((models, 3), (losses, 10), (train, 10)):
         command.add_argument("--repeats", type=int, default=repeats, help="timings of each call (default: %(default)s)")
     args = parser.parse_args()
     print(f"{torch.get_num_threads()} threads, fp32 PyTorch {torch.__version__}")
     if args.command == "models":
         print("ratio = time of Long-CLIP-B's reference form / this time")
         tables = [benchmark_models(args.models, args.captions, repeats=args.repeats)]
+    elif args.command == "train":
+        print(f"on {torch.cuda.get_device_name() + ' in bfloat16' if torch.cuda.is_available() else 'the CPU'}; ratio = this time / that without distillation")
+        tables = [benchmark_train(args.model, args.teacher, args.batch, pairs=max(512, 2 * args.batch), repeats=args.repeats)]
     else:
         print("forward + backward; ratio = this time / that of svd, of the loss without distillation")
         tables = [benchmark_losses(repeats=args.repeats), benchmark_step(repeats=args.repeats)]

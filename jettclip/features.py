@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from .checkpoints import file_hash, load_folder, write_json, write_then_rename
 from .data import dataset_for, draw_crops, in_order, loader
-from .parallel import in_processes, is_first, launch, wait_for_all
+from .parallel import in_processes, is_first, torchrun, wait_for_all
 
 
 def fingerprint(table):
@@ -195,7 +195,7 @@ def start(job, processes=1):
     """Build the cache of file `job` here, or in `processes` processes of torchrun."""
     if processes == 1:
         return run(json.loads(Path(job).read_text()))
-    launch("jettclip.features", job, processes)
+    torchrun("jettclip.features", str(job), processes)
 
 
 def main():

@@ -1,10 +1,15 @@
 """Several processes, one batch: each answers for its share of the rows, and all of them for the same loss.
 
 The mean over the processes of their losses is the loss of one process over the whole batch, and so are the gradients.
+Here too: how torchrun starts them, alone or on the nodes of a Slurm job, and how they are told to stop.
 """
+import contextlib
+import ctypes
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections import deque
 
 import torch
@@ -59,6 +64,48 @@ def wait_for_all():
         dist.barrier()
 
 
+# ---- told to stop: by Slurm before the time limit (SIGUSR1), or by anyone (SIGTERM)
+
+STOP_SIGNALS = signal.SIGTERM, signal.SIGUSR1
+_came = []  # numbers of the signals that came
+
+
+class Stopped(Exception):
+    """Training ended on a signal, after it saved a checkpoint."""
+
+
+def _note(number, frame):
+    _came.append(number)
+
+
+@contextlib.contextmanager
+def stoppable():
+    """Inside, the signals are noted and no longer end the process: `stop_signal` tells of them."""
+    if threading.current_thread() is not threading.main_thread():  # others cannot catch signals
+        yield
+        return
+    before = {number: signal.signal(number, _note) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if before[signal.SIGTERM] is not _note:
+            _came.clear()
+
+
+def stop_signal():
+    """-> number of the signal that came to any of the processes, or 0: the same in all, so that all stop at the same step."""
+    number = max(_came, default=0)
+    if not dist.is_initialized():
+        return number
+    number = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
+
+
+# ---- starting them
+
 def in_processes(run, job):
     """run(job) in this process; where torchrun started it, in its group, of which the first process alone reports."""
     if "RANK" not in os.environ:  # torchrun sets it
@@ -66,17 +113,52 @@ def in_processes(run, job):
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         run(job, print if is_first() else lambda line: None)
+    except Stopped as stopped:
+        sys.exit(str(stopped) if is_first() else 1)
     finally:
         dist.destroy_process_group()
 
 
-def launch(module, job, processes):
-    """`python -m module job` in `processes` processes of torchrun, whose lines are printed as they come."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", module, str(job)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as workers:
+def torchrun_command(processes, environment):
+    """torchrun for `processes` processes: of this machine, or shared equally among the nodes of the Slurm job of `environment`.
+
+    Several nodes meet at the first of them; srun starts a torchrun on each.
+    """
+    nodes = int(environment.get("SLURM_JOB_NUM_NODES", 1))
+    if processes % nodes:
+        raise ValueError(f"{processes} processes do not divide among the {nodes} nodes of this Slurm job")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes // nodes)]
+    if nodes == 1:
+        return [*torchrun, "--standalone"]
+    names = subprocess.run(["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True)
+    job = environment["SLURM_JOB_ID"]
+    cpus = ["--cpus-per-task", environment["SLURM_CPUS_PER_TASK"]] if "SLURM_CPUS_PER_TASK" in environment else []
+    # --overlap: the notebook's own step holds the processors and GPUs of the job already.
+    return ["srun", "--overlap", "--nodes", str(nodes), "--ntasks", str(nodes), "--ntasks-per-node", "1", *cpus, "--kill-on-bad-exit",
+            *torchrun, "--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-id", job,
+            "--rdzv-endpoint", f"{names.stdout.split()[0]}:{20000 + int(job) % 10000}"]
+
+
+def torchrun(module, argument, processes):
+    """Run `python -m module argument` in `processes` processes and print their lines as they come.
+
+    Stopped if they stopped on a signal, else RuntimeError with the last lines, which hold the worker's traceback.
+    """
+    def before_start():  # in the child
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm signals every process; the workers answer
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: if this process is killed, the workers stop too
+
+    command = [*torchrun_command(processes, os.environ), "-m", module, argument]
+    with stoppable(), subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                       preexec_fn=before_start) as workers:
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda *_: workers.send_signal(signal.SIGTERM))  # torchrun passes it on
         tail = deque(maxlen=100)
         for line in workers.stdout:
             print(line, end="", flush=True)
             tail.append(line)
+    if stopped := [line.strip() for line in tail if "checkpoint is saved" in line]:
+        raise Stopped(stopped[0])
     if workers.returncode:
         raise RuntimeError(f"torchrun ended with {workers.returncode}:\n{''.join(tail)}")

@@ -15,13 +15,16 @@ Its key `variants` lists the students to train; a list as a value expands as a p
       - {method: [fd, crd], pairs: both, seed: [0, 1]}      # fd-both-s0, fd-both-s1, crd-both-s0, crd-both-s1
       - {method: fd, weights: [[1, 0, 1, 0]]}               # fd-weights1_0_1_0: one value that is a list
 
-`profile`, `variant` and `variants` (all run folders' names) are given to the notebooks that declare them.
+`profile`, `variant`, `variants` (all run folders' names) and `failed` (those without a student) are given to the
+notebooks that declare them.
+
+A step that is told to end (SIGTERM, SIGUSR1) tells its notebook, where training saves a checkpoint. Slurm sends SIGUSR1 before
+a job's time limit; the job is then put back into the queue and goes on from there.
 """
 import argparse
 import ast
 import contextlib
 import difflib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -29,13 +32,17 @@ import logging
 import os
 import re
 import shutil
+import signal
 import statistics
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+
+from .locks import Lock
 
 # notebook -> (its folder in runs/<profile>, the notebooks it needs)
 NOTEBOOKS = {
@@ -46,7 +53,7 @@ NOTEBOOKS = {
     "04_evaluate": ("evaluate", ["02_train"]),
     "05_report": ("report", ["03_reparameterize", "04_evaluate"]),
 }
-GIVEN = {"profile", "variant", "variants"}  # parameters set here, never by a profile
+GIVEN = {"profile", "variant", "variants", "failed"}  # parameters set here, never by a profile
 
 
 @dataclass(frozen=True)
@@ -189,10 +196,16 @@ def finished(step, steps):
     return all(finished(s, steps) and s.done.stat().st_mtime <= step.done.stat().st_mtime for s in needed)
 
 
+def without_student(steps):
+    """Folders of the variants that are not trained: failed, cancelled, or not yet run."""
+    return [step.done.parent.name for step in steps.values() if step.notebook == "02_train" and not finished(step, steps)]
+
+
 def execute(notebook, output, parameters):
     """Execute a notebook with papermill in the interpreter that runs this; its prints appear as they come.
 
-    The executed copy is `<output>.partial.ipynb` until it succeeds, `<output>.failed.ipynb` after a failure.
+    The executed copy is `<output>.partial.ipynb` until it succeeds, `<output>.failed.ipynb` after a failure. Signals that ask
+    to stop are passed on to the kernel.
     """
     import papermill  # takes a second, and nothing else here needs it
     from jupyter_client import AsyncKernelManager
@@ -202,7 +215,19 @@ def execute(notebook, output, parameters):
         def _kernel_spec_manager_default(self):  # no folders to search: no other "python3" can win
             return KernelSpecManager(kernel_dirs=[])
 
+        async def _async_post_start_kernel(self, **kwargs):
+            await super()._async_post_start_kernel(**kwargs)
+
+            def pass_on(number, frame):
+                came.append(number)
+                with contextlib.suppress(ProcessLookupError):  # it has ended already
+                    os.kill(self.provisioner.pid, number)
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, pass_on)
+
     logging.getLogger("papermill").setLevel("ERROR")  # it warns of parameters that its pattern cannot read
+    came = []
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the kernel inherits that: it has no answer to it but in training
     partial, failed = output.with_suffix(".partial.ipynb"), output.with_suffix(".failed.ipynb")
     output.unlink(missing_ok=True)
     failed.unlink(missing_ok=True)
@@ -215,7 +240,11 @@ def execute(notebook, output, parameters):
         if partial.exists():
             partial.replace(failed)
         message = "\n".join(str(error).strip().splitlines()[-25:])
-        raise RuntimeError(f"{message}\n{notebook.name} failed; its executed copy is {failed}") from None
+        stopped = getattr(error, "ename", None) == "Stopped"
+        if stopped and signal.SIGUSR1 in came and "SLURM_JOB_ID" in os.environ:
+            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]])
+        raise RuntimeError(f"{message}\n{notebook.name} {'was stopped' if stopped else 'failed'}; "
+                           f"its executed copy is {failed}") from None
     partial.replace(output)
 
 
@@ -223,18 +252,25 @@ def run(step, steps):
     """Execute one step, write done.json beside its notebook, and say how long the rest may take."""
     folder, _, _, root = step.done.parents[:4]  # root/runs/<profile>/<folder>/done.json
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:  # the system frees it however this process ends
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # for example: Snakemake was killed, but the notebook it started still runs
-            print(f"{step.label} is being run by another process; waiting for it", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if finished(step, steps):
-                return
+    given, waited = {}, []
+    if "failed" in notebook_parameters(root / f"notebooks/{step.notebook}.ipynb"):
+        given = {"failed": without_student(steps)}
+
+    def waiting():
+        waited.append(True)  # for example: Snakemake was killed, but the notebook it started still runs
+        print(f"{step.label} is being run by another process; waiting for it", flush=True)
+
+    def lost():
+        print(f"{step.label} is being run by another process, which took this one for dead; this one ends", flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with Lock(folder / ".lock", waiting, lost):
+        if waited and finished(step, steps):
+            return
         print(f"{step.label} started", flush=True)
         started = time.time()
         step.done.unlink(missing_ok=True)
-        execute(root / f"notebooks/{step.notebook}.ipynb", folder / f"{step.notebook}.ipynb", step.parameters)
+        execute(root / f"notebooks/{step.notebook}.ipynb", folder / f"{step.notebook}.ipynb", step.parameters | given)
         seconds, partial = round(time.time() - started, 1), folder / "done.partial"
         partial.write_text(json.dumps({"step": step.label, "seconds": seconds, "made_by": step.made_by}))
         partial.replace(step.done)
@@ -290,7 +326,7 @@ def main(argv=None):
             if label not in steps:
                 raise ValueError(f"{args.profile} has no step {label!r}; {_nearest(label, steps)}")
             return run(steps[label], steps)
-    except (ValueError, RuntimeError, FileNotFoundError) as error:
+    except (ValueError, RuntimeError, OSError) as error:  # OSError: a full disk, for one
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on from here")

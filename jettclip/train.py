@@ -15,6 +15,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from .data import PairDataset, epoch_batches, loader
 from .evaluate import embed, ranks
 from .losses import Heads, parse_method, total_loss
 from .models import create_model, model_config, nearest
-from .parallel import average_gradients, in_processes, is_first, launch, this_part
+from .parallel import Stopped, average_gradients, in_processes, is_first, stop_signal, stoppable, this_part, torchrun
 
 MASKED, MASK_GRID = 0.75, 8  # mfd hides this share of 8 x 8 patches (CLIP-KD)
 
@@ -81,7 +82,7 @@ def optimizer_of(model, config, heads=None):
     plain = {name for name, p in named if p.ndim < 2 or "positional" in name or "layer_scale" in name}
     groups = [{"params": [p for name, p in named if (name in plain) == is_plain],
                "weight_decay": 0.0 if is_plain else config.weight_decay} for is_plain in (False, True)]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6, fused=model.logit_scale.is_cuda or None)
 
 
 # ---- one step
@@ -140,12 +141,14 @@ def hide_patches(images, seed, step, part, batch_size):
     return images * nn.functional.interpolate(seen, images.shape[2:], mode="nearest")
 
 
+@stoppable()
 def fit(model, config, dataset, folder, cache=None, validate=None, report=print, short_cache=None):
     """Train `model` on `dataset` (a PairDataset) and return it in evaluation mode.
 
     cache: the teacher's FeatureCache over the same rows and crops (needed by distillation); a list of several teachers'.
     short_cache: another teacher's, for the short side. validate(model) -> dict of numbers, called every `eval_every`
-    steps and at the end. What is reported is also written to history.csv.
+    steps and at the end. What is reported is also written to history.csv. On SIGTERM or SIGUSR1 the step is finished, a
+    checkpoint saved, and parallel.Stopped raised.
     """
     folder, part = Path(folder), this_part(config.batch_size)
     cache = cache if cache is None or isinstance(cache, list) else [cache]
@@ -219,8 +222,8 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=print,
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # CLIP, section 2.5
 
-        evaluate_now = step % config.eval_every == 0 or step == config.steps
-        if is_first() and (evaluate_now or step % config.save_every == 0):
+        evaluate_now, stop = step % config.eval_every == 0 or step == config.steps, step < config.steps and stop_signal()
+        if is_first() and (evaluate_now or stop or step % config.save_every == 0):
             elapsed = seconds + time.perf_counter() - clock
             left = (config.steps - step) * (time.perf_counter() - clock) / (step - began)
             if evaluate_now:
@@ -236,6 +239,11 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=print,
                 "heads": None if heads is None else heads.state_dict(), "rng": torch.get_rng_state(), "history": history,
                 "seconds": elapsed})
             write_then_rename(folder / "history.csv", lambda path: pd.DataFrame(history).to_csv(path, index=False))
+        if stop:
+            if dist.is_initialized():
+                dist.barrier()  # a process that ends takes the others with it, also one that still saves
+            raise Stopped(f"{folder.name} stopped by {signal.Signals(stop).name} at step {step} of {config.steps}; its checkpoint is "
+                          "saved, and the same command goes on from there")
     model = model.to(memory_format=torch.contiguous_format).eval()
     if is_first():
         save_folder(model, folder / "student")
@@ -265,6 +273,7 @@ def _not_finite(folder, step, terms, features, keys, model, optimizer):
 
 # ---- a student from files
 
+@stoppable()
 def run(job, report=print):
     """Train the student that `job` describes, a mapping that JSON can hold, and return it.
 
@@ -308,7 +317,7 @@ def start(job, processes=1):
     """Train the job of file `job` here, or in `processes` processes of torchrun, whose lines are printed as they come."""
     if processes == 1:
         return run(json.loads(Path(job).read_text()))
-    launch("jettclip.train", job, processes)
+    torchrun("jettclip.train", str(job), processes)
 
 
 def main():

@@ -1,12 +1,16 @@
 """All notebooks at toy size: the profile `smoke`, from nothing to the PDF."""
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
+
+from jettclip import pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 SNAKEMAKE = [sys.executable, "-m", "snakemake", "--cores", "all", "--nolock", "--rerun-incomplete", "--rerun-triggers",
@@ -76,6 +80,19 @@ def test_a_77_token_model_is_at_chance_for_details_it_cannot_read(first_run):
 def test_folding_changes_nothing_but_rounding(first_run):
     row = read("fold.csv")[0]
     assert float(row["image_max_difference"]) < 1e-4 and float(row["text_max_difference"]) < 1e-4
+
+
+def test_by_hand_the_numbers_are_the_same(first_run):
+    """Notebook 02 run by papermill alone, as JupyterLab runs it: in no job of Snakemake, by nobody's step."""
+    variant = "crd+fd-both-s0"
+    parameters = pipeline.plan("smoke", ROOT)[f"02_train {variant}"].parameters | {"variant": "by-hand"}
+    notebook = [ROOT / "notebooks/02_train.ipynb", RUN / "by-hand/02_train.ipynb"]
+    notebook[1].parent.mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}  # as many as `--cores all` gives
+    subprocess.run([sys.executable, "-m", "papermill", *notebook, "--cwd", ROOT / "notebooks", "-y", json.dumps(parameters)], check=True,
+                   env=environment, capture_output=True)
+    one, other = (pd.read_csv(RUN / name / "history.csv").drop(columns="seconds") for name in (variant, "by-hand"))
+    assert one.equals(other) and len(one) == 2
 
 
 def test_a_second_run_does_nothing(first_run):

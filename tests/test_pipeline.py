@@ -21,7 +21,7 @@ PARAMETERS = {
     "02_train": 'variant = "none-s0"\nmethod = "none"  # sum of: none, fd, crd\nrate = 1.0\nlong = True\n'
                 'pairs = "both"  # one of: long, both\nseed = 0\ncontext = 248',
     "03_reparameterize": 'precisions = ["fp32"]  # one of: fp32, bf16',
-    "04_evaluate": 'variants = []\n',
+    "04_evaluate": 'variants = []\nfailed = []\n',
     "05_report": '',
 }
 PROFILE = "size: 32\nrate: 1e5\nvariants:\n  - {method: [fd, crd], pairs: both, seed: 0}\n"
@@ -197,7 +197,7 @@ def test_step_succeeds(root, tmp_path, monkeypatch):
     assert done["step"] == "00_data" and done["seconds"] > 0 and done["made_by"] == steps["00_data"].made_by
     executed = json.loads((root / "runs/tiny/data/00_data.ipynb").read_text())
     assert "tiny 32" in str(executed["cells"][-1]["outputs"])
-    assert left(root) == [".lock", "00_data.ipynb", "done.json"]
+    assert left(root) == ["00_data.ipynb", "done.json"]
     assert pipeline.finished(steps["00_data"], steps) and not pipeline.finished(steps["05_report"], steps)
 
 
@@ -208,7 +208,7 @@ def test_step_fails(root):
     failed = root / "runs/tiny/data/00_data.failed.ipynb"
     assert output.rstrip().endswith(f"00_data.ipynb failed; its executed copy is {failed}")
     assert "a wrong size" in failed.read_text() and "\x1b" not in output
-    assert left(root) == [".lock", "00_data.failed.ipynb"]
+    assert left(root) == ["00_data.failed.ipynb"]
 
 
 def test_step_killed(root):
@@ -223,7 +223,54 @@ def test_step_killed(root):
     write_notebook(root, "00_data")
     code, output = step(root, "00_data")
     assert code == 0 and "hello from tiny" in output and "waiting" not in output
-    assert left(root) == [".lock", "00_data.ipynb", "done.json"]
+    assert left(root) == ["00_data.ipynb", "done.json"]
+
+
+TRAINING = """
+import time
+from jettclip import parallel
+with parallel.stoppable():
+    print('training')
+    while not parallel.stop_signal():
+        time.sleep(0.05)
+    raise parallel.Stopped(f'stopped by {parallel.stop_signal()}')"""
+
+
+@pytest.mark.parametrize("number, asked", [(signal.SIGUSR1, "requeue 7"), (signal.SIGTERM, None)])
+def test_step_told_to_stop(root, monkeypatch, number, asked):
+    """The signal reaches the notebook; before a time limit the job is put back into Slurm's queue."""
+    (root / "scontrol").write_text(f"#!/bin/sh\necho $* > {root}/asked")
+    (root / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(root), prepend=":")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    write_notebook(root, "00_data", TRAINING)
+    process = command(root, "jettclip.pipeline", "run", "00_data", "--profile", "tiny")
+    read_until(process, "training")
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and f"Stopped: stopped by {int(number)}" in output and "00_data.ipynb was stopped" in output
+    assert left(root) == ["00_data.failed.ipynb"]
+    assert ((root / "asked").read_text().strip() if (root / "asked").exists() else None) == asked
+
+
+def test_step_outside_training_goes_on(root):
+    """SIGUSR1 is a warning; who has nothing to save works on."""
+    write_notebook(root, "00_data", "import time\nprint('working')\ntime.sleep(1)\nprint('end')")
+    process = command(root, "jettclip.pipeline", "run", "00_data", "--profile", "tiny")
+    read_until(process, "working")
+    process.send_signal(signal.SIGUSR1)
+    assert "end" in process.communicate(timeout=60)[0] and process.returncode == 0
+
+
+def test_full_disk(root):
+    """Limited to files of 3 kB: the step says what is wrong, loses nothing and succeeds when there is space."""
+    write_notebook(root, "00_data", "open('kept.txt', 'w').write('x' * 1000)\nprint('y' * 4000)")
+    limited = ["-c", "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); from jettclip.pipeline import main; main()"]
+    process = subprocess.run([sys.executable, *limited, "run", "00_data", "--profile", "tiny"], cwd=root, capture_output=True, text=True,
+                             env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    assert process.returncode == 1 and "File too large" in process.stderr and "Traceback" not in process.stderr
+    assert not (root / "runs/tiny/data/done.json").exists() and not (root / "runs/tiny/data/.lock").exists()
+    assert step(root, "00_data")[0] == 0 and left(root) == ["00_data.ipynb", "done.json"]
 
 
 def test_progress_line(root, monkeypatch):
@@ -253,16 +300,16 @@ def test_progress_line(root, monkeypatch):
 
 # ---- all steps, with the real Snakefile and the flags of the Makefile
 
-def snakemake(root):
+def snakemake(root, *more, config=()):
     flags = re.search(r"SNAKEMAKE_FLAGS = (.*)\\\n(.*)", (REPOSITORY / "Makefile").read_text())
     flags = (flags[1] + flags[2]).replace("$${OMP_NUM_THREADS:-all}", "1").replace("$(QUIET)", "--quiet all")
     return command(root, "snakemake", "notebooks", "--snakefile", str(REPOSITORY / "Snakefile"),
-                   *flags.split(), "--config", "profile=tiny")
+                   *flags.split(), *more, "--config", "profile=tiny", *config)
 
 
-def executed(root):
+def executed(root, *more, config=()):
     """Run Snakemake; (exit code, the steps that it ran in their order, its output)."""
-    process = snakemake(root)
+    process = snakemake(root, *more, config=config)
     output = process.communicate(timeout=300)[0]
     return process.returncode, re.findall(r"^(\d\d_.*) started$", output, re.M), output
 
@@ -323,3 +370,25 @@ def test_snakemake(root):
     assert executed(root)[:2] == (1, ["03_reparameterize"])
     write_notebook(root, "03_reparameterize", "1 / 1")
     assert executed(root)[:2] == (0, ["03_reparameterize", "05_report"])
+
+
+def test_a_failed_student_is_a_hole(root):
+    """The other one is trained and the report made when asked for; the next run mends it."""
+    write_notebook(root, "02_train", "assert method != 'fd', 'no fd today'")
+    write_notebook(root, "04_evaluate", "print('without', failed)")
+    code, steps, output = executed(root, "--keep-going")
+    assert code == 1 and steps[2:] == ["02_train fd-both-s0", "02_train crd-both-s0"]
+    assert (root / "runs/tiny/fd-both-s0/02_train.failed.ipynb").exists() and "no fd today" in output
+
+    code, steps, output = executed(root, config=["holes=1"])
+    assert code == 0 and sorted(steps) == ["03_reparameterize", "04_evaluate", "05_report"]
+    assert "without ['fd-both-s0']" in output and "[ 4/7] 05_report done" in output  # not 6: a hole leaves what follows unfinished
+
+    write_notebook(root, "02_train", "pass")
+    code, steps, output = executed(root, "--keep-going")
+    assert code == 0 and len(steps) == 5 and "without []" in output and "[ 7/7] 05_report done" in output
+
+    write_notebook(root, "02_train", "1 / 0")
+    assert executed(root, "--keep-going")[0] == 1
+    code, _, output = executed(root, "--quiet", "all", config=["holes=1"])
+    assert code == 1 and "tiny: no student is trained, so there is nothing to report" in output

@@ -17,6 +17,7 @@ from jettclip.checkpoints import load_folder, write_json
 from jettclip.data import PairDataset, draw_crops
 from jettclip.features import FeatureCache
 from jettclip.losses import WHOLE, Part
+from jettclip.parallel import Stopped
 from jettclip.scenes import make_pairs
 from jettclip.train import Config, fit, hide_patches, learning_rate, optimizer_of, start
 
@@ -92,6 +93,58 @@ def test_killed_run_ends_with_the_same_weights(finished, data, tmp_path):
         "resumed student at step 4 of 8", "student step 6/8", "student step 8/8"]
     assert weights(folder) == weights(finished)
     assert history(folder).equals(history(finished)) and history(folder).step.tolist() == [3, 6, 8]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_told_to_stop(number, finished, data, tmp_path):
+    """It ends at the step of the signal, which no `save_every` would have saved, and goes on to the same weights."""
+    def report(line):
+        if "step 3/8" in line:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped, match=rf"student stopped by {number.name} at step 4 of 8; its checkpoint is saved"):
+        run(tmp_path / "student", data, report=report, save_every=100)
+    assert signal.getsignal(number) == before
+    lines = []
+    run(tmp_path / "student", data, report=lines.append, save_every=100)
+    assert lines[0] == "resumed student at step 4 of 8" and weights(tmp_path / "student") == weights(finished)
+
+
+STARTED = "import sys; from jettclip.train import start; start(sys.argv[1], 2)"
+SRUN = """#!/bin/sh
+# Two nodes that are this machine; its own options end where those of torchrun begin.
+while [ "$1" != "$PYTHON" ]; do shift; done
+"$@" & "$@" & wait
+"""
+
+
+def test_two_processes_told_to_stop_go_on_on_two_nodes(tmp_path):
+    """As a requeued job does; srun is a stand-in, the rendezvous of two torchruns is not."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for name, script in {"srun": SRUN, "scontrol": "#!/bin/sh\n[ $3 = 'n[1-2]' ] && printf 'localhost\\nother\\n'"}.items():
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    for folder in ("whole", "parts"):
+        (tmp_path / folder).mkdir()
+        make_job(tmp_path / folder, steps=6, eval_every=2, save_every=100)
+    start(tmp_path / "whole/job.json", 2)
+
+    command = [sys.executable, "-c", STARTED, tmp_path / "parts/job.json"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "run step 2/6" in line:
+                process.send_signal(signal.SIGUSR1)
+    assert process.returncode == 1 and lines[-1].startswith("jettclip.parallel.Stopped: run stopped by SIGTERM at step"), "".join(lines)
+    assert not (tmp_path / "parts/run/student").exists()
+
+    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_PROCID": "0"}
+    went_on = subprocess.run(command, env={**environment, **slurm}, capture_output=True, text=True)
+    assert went_on.returncode == 0 and "resumed run at step" in went_on.stdout, went_on.stdout + went_on.stderr
+    assert weights(tmp_path / "parts/run") == weights(tmp_path / "whole/run")
+    assert history(tmp_path / "parts/run").equals(history(tmp_path / "whole/run"))
 
 
 def test_random_numbers_go_on_where_they_were(data, tmp_path):
@@ -217,16 +270,25 @@ def test_the_scale_can_be_frozen(data, tmp_path):
     assert run(tmp_path / "b", data, steps=3).logit_scale.item() != tiny_model().logit_scale.item()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_job_is_trained_in_one_process_or_two(processes, tmp_path, capsys):
+def make_job(folder, **config):
+    """job.json of a tiny student in `folder`, with its data and cache."""
     table = make_pairs(24, seed=1, size=64)
     for split in ("train", "val"):
-        table.to_parquet(tmp_path / f"{split}.parquet")
-    FeatureCache.build(tmp_path / "cache", create_model("LongCLIP-T"), "t", table, PairDataset(table, 64), report=lambda line: None)
-    job = {"folder": str(tmp_path / "run"), "data": str(tmp_path), "caches": [str(tmp_path / "cache")], "model": "JettCLIP-T",
+        table.to_parquet(folder / f"{split}.parquet")
+    torch.manual_seed(0)  # the teacher's weights
+    FeatureCache.build(folder / "cache", create_model("LongCLIP-T"), "t", table, PairDataset(table, 64), report=lambda line: None)
+    job = {"folder": str(folder / "run"), "data": str(folder), "caches": [str(folder / "cache")], "model": "JettCLIP-T",
            "text_tower": "length_aware", "image_size": 64, "context_length": 77, "crops": 0,
-           "config": {"steps": 2, "batch_size": 8, "method": "crd", "components": 4, "eval_every": 1}}
-    write_json(tmp_path / "job.json", job)
+           "config": {"steps": 2, "batch_size": 8, "method": "crd", "components": 4, "eval_every": 1, **config}}
+    write_json(folder / "job.json", job)
+    return job
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_job_is_trained_in_one_process_or_two(processes, tmp_path, capsys, monkeypatch):
+    for name, value in {"PROCID": "0", "LOCALID": "0", "NTASKS": "1", "JOB_NUM_NODES": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)  # torchrun's own variables win
+    job = make_job(tmp_path)
     start(tmp_path / "job.json", processes)
     assert "run step 2/2 loss" in capsys.readouterr().out
     assert len(history(tmp_path / "run")) == 2 and load_folder(tmp_path / "run/student").name == "JettCLIP-T"
