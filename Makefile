@@ -21,7 +21,7 @@ THREADS ?=
 # Real captions for bench-models, a Parquet file with a column `text`; without it those of scenes are used.
 CAPTIONS ?=
 
-.PHONY: help setup test test-cluster report sweep readme lab bench-models bench-losses bench-train clean
+.PHONY: help setup test test-cluster report sweep readme lab data bench-models bench-losses bench-data bench-train clean
 
 help:
 	@echo "make report [PROFILE=scenes]  run the notebooks of a profile, build report/build/report.pdf [THREADS=1] [KEEP_GOING=1]"

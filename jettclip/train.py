@@ -278,7 +278,8 @@ def run(job, report=print):
     """Train the student that `job` describes, a mapping that JSON can hold, and return it.
 
     job: folder, data (a folder with train.parquet and val.parquet), caches (folders of the teachers' features),
-    short_cache (a folder or None), model, model_file (weights to start from, or none), text_tower, image_size, context_length, crops (stored crops to use; 0: all), config;
+    short_cache (a folder or None), model, model_file (weights to start from, or none), text_tower, image_size, context_length,
+    crops (stored crops to use; 0: all), config;
     start: None, or the steps and the stretch mode of a student that first learns short captions at 77 tokens, as its teacher did.
     """
     tables = {split: pd.read_parquet(Path(job["data"]) / f"{split}.parquet") for split in ("train", "val")}
