@@ -62,7 +62,7 @@ def tokenizing(captions, repeats):
     return compare(f"{len(texts)} captions to ids", {"open_clip": lambda: theirs(texts), "jettclip": lambda: ours(texts)}, repeats)
 
 
-def synthetic_cache(folder, n, width=WIDTH, shape_only=False):
+def synthetic_cache(folder, n, width=WIDTH):
     """A finished cache of `n` pairs with random unit features."""
     folder.mkdir(parents=True)
     block = np.random.default_rng(0).normal(size=(1000, width)).astype(np.float32)
@@ -168,12 +168,20 @@ def scale(folder, captions, sizes):
     return rows
 
 
+def growth(table, to=1_000_000_000):
+    """Fit value = c n^exponent to each column of `scale`'s rows (least squares in logarithms), and follow it to `to` pairs."""
+    n = np.log(table.pairs)
+    fits = {column: np.polyfit(n, np.log(table[column]), 1) for column in table.columns.drop(["pairs", "bytes_per_pair"])}
+    return pd.DataFrame([{"what": column, "exponent": slope, "pairs": to, "value": np.exp(start + slope * np.log(to))}
+                         for column, (slope, start) in fits.items()])
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m jettclip.bench_data", description=__doc__.splitlines()[0])
     parser.add_argument("--captions", help="Parquet file with a column `text`; default: captions of scenes")
     parser.add_argument("--repeats", type=int, default=5, help="timings of each call (default: %(default)s)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 100_000, 1_200_000], help="numbers of pairs (default: %(default)s)")
-    parser.add_argument("--results", default="results/data", help="folder for speed.csv and scale.csv (default: %(default)s)")
+    parser.add_argument("--results", default="results/data", help="folder for speed.csv, scale.csv, growth.csv (default: %(default)s)")
     args = parser.parse_args()
     captions = pd.read_parquet(args.captions).text if args.captions else make_pairs(2000, 0).long
     print(f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}; ratio: times as fast as the first way")
@@ -182,9 +190,11 @@ def main():
         speed = pd.DataFrame([*decoding(args.repeats), *tokenizing(captions, args.repeats), *reading(folder, args.repeats),
                               *building(folder, 1024, args.repeats)])
         print(speed.to_string(index=False, float_format="{:.2f}".format))
-        growth = pd.DataFrame(scale(folder, captions, args.sizes))
-        print(growth.to_string(index=False, float_format="{:.1f}".format))
-    for name, table in (("speed", speed), ("scale", growth)):
+        sizes = pd.DataFrame(scale(folder, captions, args.sizes))
+        law = growth(sizes)
+        print(sizes.to_string(index=False, float_format="{:.1f}".format))
+        print(law.to_string(index=False, float_format="{:.3g}".format))
+    for name, table in (("speed", speed), ("scale", sizes), ("growth", law)):
         write_then_rename(Path(args.results) / f"{name}.csv", lambda path, table=table: table.to_csv(path, index=False))
     write_json(Path(args.results) / "provenance.json", provenance())
 

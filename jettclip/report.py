@@ -24,7 +24,7 @@ from .pipeline import report_pdf, results_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 # The profiles that the report tells of; it says which of the optional ones were not run.
-NEEDED, OPTIONAL = ("scenes", "flickr8k"), ("collage", "ablation", "settings", "sharegpt4v")
+NEEDED, OPTIONAL = ("scenes", "flickr8k"), ("collage", "ablation", "settings", "data", "sharegpt4v")
 # Okabe and Ito's colour-blind safe palette, ordered by lightness, each with a line style and marker for grey print.
 STYLES = [("#000000", "-", "o"), ("#0072B2", "--", "s"), ("#D55E00", "-.", "^"), ("#009E73", ":", "D"),
           ("#CC79A7", (0, (5, 1)), "v"), ("#E69F00", (0, (3, 1, 1, 1)), "P"), ("#56B4E9", (0, (1, 1)), "X"),
