@@ -176,7 +176,7 @@ def zero_shot(model, tokenizer, images, labels, names, templates):
     device = next(model.parameters()).device
     classes = open_clip.build_zero_shot_classifier(model.eval(), tokenizer, names, templates, device=device).cpu()  # (d, C)
     scores = embed_images(model, images) @ classes  # (N, d) -> (N, C)
-    right = scores.gather(1, torch.as_tensor(np.asarray(labels)).reshape(-1, 1))  # (N, 1)
+    right = scores.gather(1, torch.from_numpy(np.array(labels)).reshape(-1, 1))  # (N, 1)
     return ((~(scores < right)).sum(dim=1) - 1).numpy()  # a tie counts against the model
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 import jettclip
 from jettclip import data
 from jettclip.data import (COLUMNS, PairDataset, _extent, clean_pairs, crop, dataset_for, draw_crops, epoch_batches, in_order,
-                           load_pairs, loader, read_image)
+                           load_details, load_pairs, loader, read_image)
 from jettclip.models import transforms
 
 FIVE = ["A dog runs .", "a brown dog", "Two dogs", "The dog jumps over a log.", "A wet dog "]
@@ -38,6 +38,16 @@ def test_scenes():
     captions = [set(load_pairs("scenes", split=split, n=5, seed=seed).long)
                 for seed in (3, 4) for split in ("train", "val", "test")]
     assert len(set.union(*captions)) == 30
+
+
+def test_details_where_the_source_knows_of_them(tmp_path):
+    scenes = load_details("scenes", n=5, seed=1, image_size=32)
+    assert read_image(scenes.other_image[0]).shape == (3, 32, 32) and len(scenes) == 5
+    photos = [(jpeg(colour=(20 * i, 0, 0)), f"{i}.jpg", [f"{i} {caption}" for caption in FIVE], "test") for i in range(12)]
+    pd.DataFrame(photos, columns=["image", "filename", "captions", "split"]).to_parquet(tmp_path / "flickr8k_128px_test.parquet")
+    collages = load_details("collage", tmp_path, 5, image_size=48)
+    assert set(scenes.columns) == set(collages.columns) and len(collages) == 5
+    assert load_details("flickr8k", tmp_path) is None
 
 
 @pytest.mark.parametrize("arguments, problem", [
