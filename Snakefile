@@ -37,7 +37,7 @@ if config.get("holes"):
     STEPS = {label: step for label, step in STEPS.items() if step.done.parent.name not in MISSING}
 VARIANTS = [step.done.parent.name for step in STEPS.values() if step.notebook == "02_train"]
 if not VARIANTS:
-    raise WorkflowError(f"{P}: no student is trained, so there is nothing to report")
+    sys.exit(f"error: {P}: no student is trained, so there is nothing to report")  # --quiet would hide a WorkflowError
 ALL = [os.path.relpath(step.done) for step in STEPS.values()]
 TRAINED = expand(RUNS + "/{variant}/done.json", variant=VARIANTS)
 PDF = pipeline.report_pdf(P)

@@ -111,42 +111,6 @@ def test_told_to_stop(number, finished, data, tmp_path):
     assert lines[0] == "resumed student at step 4 of 8" and weights(tmp_path / "student") == weights(finished)
 
 
-STARTED = "import sys; from jettclip.train import start; start(sys.argv[1], 2)"
-SRUN = """#!/bin/sh
-# Two nodes that are this machine; its own options end where those of torchrun begin.
-while [ "$1" != "$PYTHON" ]; do shift; done
-"$@" & "$@" & wait
-"""
-
-
-def test_two_processes_told_to_stop_go_on_on_two_nodes(tmp_path):
-    """As a requeued job does; srun is a stand-in, the rendezvous of two torchruns is not."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    for name, script in {"srun": SRUN, "scontrol": "#!/bin/sh\n[ $3 = 'n[1-2]' ] && printf 'localhost\\nother\\n'"}.items():
-        (tmp_path / name).write_text(script)
-        (tmp_path / name).chmod(0o755)
-    for folder in ("whole", "parts"):
-        (tmp_path / folder).mkdir()
-        make_job(tmp_path / folder, steps=6, eval_every=2, save_every=100)
-    start(tmp_path / "whole/job.json", 2)
-
-    command = [sys.executable, "-c", STARTED, tmp_path / "parts/job.json"]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if "run step 2/6" in line:
-                process.send_signal(signal.SIGUSR1)
-    assert process.returncode == 1 and lines[-1].startswith("jettclip.parallel.Stopped: run stopped by SIGTERM at step"), "".join(lines)
-    assert not (tmp_path / "parts/run/student").exists()
-
-    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_PROCID": "0"}
-    went_on = subprocess.run(command, env={**environment, **slurm}, capture_output=True, text=True)
-    assert went_on.returncode == 0 and "resumed run at step" in went_on.stdout, went_on.stdout + went_on.stderr
-    assert weights(tmp_path / "parts/run") == weights(tmp_path / "whole/run")
-    assert history(tmp_path / "parts/run").equals(history(tmp_path / "whole/run"))
-
-
 def test_random_numbers_go_on_where_they_were(data, tmp_path):
     """A model with dropout, interrupted in the middle of an epoch."""
     def with_dropout():
@@ -284,18 +248,53 @@ def make_job(folder, **config):
     return job
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_job_is_trained_in_one_process_or_two(processes, tmp_path, capsys, monkeypatch):
-    for name, value in {"PROCID": "0", "LOCALID": "0", "NTASKS": "1", "JOB_NUM_NODES": "1"}.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)  # torchrun's own variables win
-    job = make_job(tmp_path)
-    start(tmp_path / "job.json", processes)
+def test_a_job_is_trained(tmp_path, capsys):
+    make_job(tmp_path)
+    start(tmp_path / "job.json")
     assert "run step 2/2 loss" in capsys.readouterr().out
     assert len(history(tmp_path / "run")) == 2 and load_folder(tmp_path / "run/student").name == "JettCLIP-T"
-    if processes == 2:
-        write_json(tmp_path / "job.json", {**job, "folder": str(tmp_path / "odd"), "config": {**job["config"], "batch_size": 7}})
-        with pytest.raises(RuntimeError, match="batch_size 7 does not divide among 2 processes"):
-            start(tmp_path / "job.json", processes)
+
+
+STARTED = "import sys; from jettclip.train import start; start(sys.argv[1], 2)"
+SRUN = """#!/bin/sh
+# Two nodes that are this machine; its own options end where those of torchrun begin.
+while [ "$1" != "$PYTHON" ]; do shift; done
+"$@" & "$@" & wait
+"""
+
+
+def test_two_processes_are_stopped_and_go_on_on_two_nodes(tmp_path, capsys, monkeypatch):
+    """As a requeued job does; srun is a stand-in, the rendezvous of two torchruns is not."""
+    for name, value in {"PROCID": "0", "LOCALID": "0", "NTASKS": "1", "JOB_NUM_NODES": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)  # torchrun's own variables win
+    for folder in ("whole", "parts"):
+        (tmp_path / folder).mkdir()
+        job = make_job(tmp_path / folder, steps=4, save_every=100)
+    start(tmp_path / "whole/job.json", 2)
+    assert "run step 4/4 loss" in capsys.readouterr().out
+    write_json(tmp_path / "odd.json", {**job, "folder": str(tmp_path / "odd"), "config": {**job["config"], "batch_size": 7}})
+    with pytest.raises(RuntimeError, match="batch_size 7 does not divide among 2 processes"):
+        start(tmp_path / "odd.json", 2)
+
+    command, environment = [sys.executable, "-c", STARTED, tmp_path / "parts/job.json"], {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "run step 1/4" in line:
+                process.send_signal(signal.SIGUSR1)
+    assert process.returncode == 1 and lines[-1].startswith("jettclip.parallel.Stopped: run stopped by SIGTERM at step"), "".join(lines)
+    assert not (tmp_path / "parts/run/student").exists()
+
+    for name, script in {"srun": SRUN, "scontrol": "#!/bin/sh\n[ $3 = 'n[1-2]' ] && printf 'localhost\\nother\\n'"}.items():
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    environment |= {"PYTHON": sys.executable, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": str(os.getpid()),
+                    "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
+    went_on = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert went_on.returncode == 0 and "resumed run at step" in went_on.stdout, went_on.stdout + went_on.stderr
+    assert weights(tmp_path / "parts/run") == weights(tmp_path / "whole/run")
+    assert history(tmp_path / "parts/run").equals(history(tmp_path / "whole/run"))
 
 
 # ---- refusals
