@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
-from .checkpoints import write_then_rename
+from .files import write_then_rename
 from .pipeline import report_pdf, results_folder
 
 ROOT = Path(__file__).resolve().parent.parent
