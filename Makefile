@@ -16,17 +16,17 @@ SNAKEMAKE_FLAGS = --cores $${OMP_NUM_THREADS:-all} --nolock --rerun-incomplete \
 
 # Cores of each student's training; THREADS=1 trains several side by side, which is faster for a long list of them.
 THREADS ?=
-# Real captions for bench-models, a Parquet file with a column `text`; without it those of scenes are used.
+# Real captions for bench-latency, a Parquet file with a column `text`; without it those of scenes are used.
 CAPTIONS ?=
 
-.PHONY: help setup test report readme lab bench-models bench-losses clean
+.PHONY: help setup test report readme lab bench-latency bench-losses clean
 
 help:
 	@echo "make report [PROFILE=scenes]  run the notebooks of a profile, build report/build/report.pdf [THREADS=1]"
 	@echo "make test                     run the tests"
 	@echo "make lab                      open the notebooks in JupyterLab"
 	@echo "make readme                   make the tables in README.md anew from results/"
-	@echo "make bench-models             time the full-size towers beside Long-CLIP-B's [CAPTIONS=file.parquet]"
+	@echo "make bench-latency            time full-size towers and backends into results/latency [CAPTIONS=file.parquet]"
 	@echo "make bench-losses             time the losses, and a training step with and without distillation"
 	@echo "make setup                    create or update $(VENV); the targets above do so themselves"
 	@echo "make clean [PROFILE=scenes]   delete runs/PROFILE (models, caches); results/ stays"
@@ -66,8 +66,8 @@ lab: setup
 readme: setup
 	$(BIN)/python -m jettclip.report readme
 
-bench-models: setup
-	$(BIN)/python -m jettclip.bench models $(if $(CAPTIONS),--captions $(CAPTIONS))
+bench-latency: setup
+	$(BIN)/python -m jettclip.bench latency $(if $(CAPTIONS),--captions $(CAPTIONS))
 
 bench-losses: setup
 	$(BIN)/python -m jettclip.bench losses

@@ -6,6 +6,7 @@
 """
 import functools
 import html
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -29,6 +30,11 @@ def load(folder, backend=None, threads=None):
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; known: {', '.join(BACKENDS)}")
     return ExportedModel(Path(folder), backend, threads or int(os.environ.get("OMP_NUM_THREADS", 0)))
+
+
+def installed_backends():
+    """Those of BACKENDS whose package is here."""
+    return [backend for backend in BACKENDS if importlib.util.find_spec(backend.split("-")[0])]
 
 
 class ExportedModel:

@@ -33,13 +33,13 @@ def read(name):
 
 
 def test_every_step_is_done_and_the_report_is_built(first_run):
-    for folder in ("data", "teacher", "none-s0", "crd+fd-both-s0", "deploy", "evaluate", "report"):
+    for folder in ("data", "teacher", "none-s0", "crd+fd-both-s0", "deploy", "evaluate", "report", "search"):
         assert json.loads((RUN / folder / "done.json").read_text())["seconds"] > 0
     assert (ROOT / "report/build/report-smoke.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_progress_is_told_step_by_step(first_run):
-    assert "[ 1/8] 00_data done in" in first_run.stdout
+    assert "[ 1/9] 00_data done in" in first_run.stdout
     assert "step 4/4" in first_run.stdout
 
 
@@ -60,6 +60,13 @@ def test_a_77_token_model_is_at_chance_for_details_it_cannot_read(first_run):
 def test_folding_changes_nothing_but_rounding(first_run):
     row = read("fold.csv")[0]
     assert float(row["image_max_difference"]) < 1e-4 and float(row["text_max_difference"]) < 1e-4
+
+
+def test_forms_without_pytorch_are_compared(first_run):
+    rows = read("drift.csv")
+    assert {"pytorch", "onnxruntime", "onnxruntime-int8"} <= {row["backend"] for row in rows}
+    assert all(float(row["text_max_difference"]) < 1e-5 for row in rows if row["backend"] == "onnxruntime")
+    assert (RUN / "search/found.html").read_text().count("<figure>") == 4
 
 
 def test_a_second_run_does_nothing(first_run):
