@@ -18,10 +18,10 @@ SNAKEMAKE_FLAGS = --cores $${OMP_NUM_THREADS:-all} --nolock --rerun-incomplete \
 KEEP_GOING ?=
 # Cores of each student's training; THREADS=1 trains several side by side, which is faster for a long list of them.
 THREADS ?=
-# Real captions for bench-models, a Parquet file with a column `text`; without it those of scenes are used.
+# Real captions for bench-latency, a Parquet file with a column `text`; without it those of scenes are used.
 CAPTIONS ?=
 
-.PHONY: help setup test test-cluster report sweep readme lab data bench-models bench-losses bench-data bench-train clean
+.PHONY: help setup test test-cluster report sweep readme lab data bench-models bench-latency bench-losses bench-data bench-train clean
 
 help:
 	@echo "make report [PROFILE=scenes]  run the notebooks of a profile, build report/build/report.pdf [THREADS=1] [KEEP_GOING=1]"
@@ -30,7 +30,7 @@ help:
 	@echo "make test-cluster             run smoke through a Slurm that it installs and starts (root in a Debian container)"
 	@echo "make lab                      open the notebooks in JupyterLab"
 	@echo "make readme                   make the tables in README.md anew from results/"
-	@echo "make bench-models             time the full-size towers beside Long-CLIP-B's [CAPTIONS=file.parquet]"
+	@echo "make bench-latency            time full-size towers and backends into results/latency [CAPTIONS=file.parquet]"
 	@echo "make bench-losses             time the losses, and a training step with and without distillation"
 	@echo "make bench-data               time decoding, tokenizing and the feature cache [CAPTIONS=file.parquet]"
 	@echo "make data SOURCE=coco         fetch a published data set into DATA=data/coco"
@@ -88,11 +88,11 @@ lab: setup
 readme: setup
 	$(BIN)/python -m jettclip.report readme
 
-bench-models: setup
-	$(BIN)/python -m jettclip.bench models $(if $(CAPTIONS),--captions $(CAPTIONS))
+bench-models bench-latency: setup
+	$(BIN)/python -m jettclip.bench $(if $(CAPTIONS),--captions $(CAPTIONS))
 
 bench-losses: setup
-	$(BIN)/python -m jettclip.bench losses
+	$(BIN)/python -m jettclip.bench_train losses
 
 bench-data: setup
 	$(BIN)/python -m jettclip.bench_data $(if $(CAPTIONS),--captions $(CAPTIONS))
@@ -101,7 +101,7 @@ data: setup
 	@$(BIN)/python -m jettclip.download $(SOURCE) $(or $(DATA),data/$(SOURCE))
 
 bench-train: setup
-	$(BIN)/python -m jettclip.bench train $(TRAIN)
+	$(BIN)/python -m jettclip.bench_train train $(TRAIN)
 
 clean:
 	@test -f notebooks/profiles/$(PROFILE).yaml || { echo "no profile '$(PROFILE)'"; exit 1; }

@@ -158,3 +158,16 @@ rule report_notebook:
     threads: THREADS
     shell:
         "{RUN} 05_report"
+
+
+rule search:
+    input:
+        TRAINED,
+    output:
+        RUNS + "/search/done.json",
+    params:
+        made_by=STEPS["06_search"].made_by,
+    threads: THREADS
+    priority: -1  # after the report, which does not need it
+    shell:
+        "{RUN} 06_search"

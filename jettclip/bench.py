@@ -1,73 +1,118 @@
-"""Benchmarks: towers, losses and a training step against what they replace, in one run each.
+"""The clock: full-size towers, in every form that is installed, beside Long-CLIP-B as its code runs it, in one run.
 
-    python -m jettclip.bench models --captions long_captions.parquet   # full-size towers beside Long-CLIP-B (make bench-models)
-    python -m jettclip.bench losses                                    # each loss, and a step of training (make bench-losses)
-    python -m jettclip.bench train --model JettCLIP-S0 --teacher LongCLIP-B --batch 256     # training (make bench-train)
+    python -m jettclip.bench --captions long_captions.parquet          # make bench-latency; rows go to results/latency/<machine>.csv
 
 Ratios of one run mean something where milliseconds of a shared machine do not.
 """
 import argparse
-import itertools
-import statistics
+import importlib.metadata
+import importlib.util
+import os
+import re
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import open_clip
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from .checkpoints import write_json
-from .data import PairDataset, draw_crops, epoch_batches, in_order, loader
-from .deploy import benchmark, pack, parameters_m
-from .features import FeatureCache
-from .losses import METHODS, Heads, primary_components, total_loss
+from . import checkpoints, deploy, report, runtime
+from .deploy import benchmark, gmacs, pack, parameters_m
 from .models import create_model, reparameterize
 from .scenes import make_pairs
-from .text import CONTEXT, tokenizer
-from .train import Config, backward, optimizer_of
+from .text import CONTEXT, HybridText, tokenizer
 
-PEAK = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121}  # dense bf16 TFLOP/s, NVIDIA's data sheets
+REFERENCE = "Long-CLIP-B, reference"
 
 
 @torch.inference_mode()
-def latency(models, images, tokens, batches=(1, 32), repeats=20):
-    """Time both towers of {name: model}, the first being the teacher that ratios refer to.
+def latency(forms, images, texts, batches=(1, 32), repeats=20):
+    """Time both towers of {(model, backend): form} in turns; the first form is what ratios refer to.
 
-    images {name: (N, 3, S, S)} and tokens (N, L) hold at least max(batches) rows of real inputs, decoded beforehand.
-    -> table: model, tower, backend, precision, batch, tokens (longest of the batch), p50_ms, p90_ms, ratio_to_teacher,
-    params_m.
+    A form has encode_image, encode_text and image_size: a model or an exported one. images {image_size: (N, 3, S, S)},
+    decoded beforehand, and texts {captions: tokens (N, L)} hold at least max(batches) rows. At larger batches than 1 a quarter of
+    the repeats. -> table: model, backend, tower, captions, batch, tokens (longest of the batch), p50_ms, p90_ms, ratio_to_teacher.
     """
-    rows = []
-    teacher = next(iter(models))
+    rows, first = [], next(iter(forms))
     for batch in batches:
-        for tower in ("image", "text"):
-            if tower == "image":
-                calls = {name: lambda m=m, x=images[name][:batch]: m.encode_image(x) for name, m in models.items()}
+        for captions, tokens in {"": None, **texts}.items():
+            if tokens is None:
+                calls = {key: lambda form=form, x=images[form.image_size][:batch]: form.encode_image(x) for key, form in forms.items()}
             else:
-                calls = {name: lambda m=m, t=tokens[:batch]: m.encode_text(t) for name, m in models.items()}
-            table = benchmark(calls, repeats).set_index("name")
-            for name, model in models.items():
-                part = model.visual if tower == "image" else model.text
-                rows.append({"model": name, "tower": tower, "backend": "pytorch", "precision": "fp32", "batch": batch,
-                             "tokens": int(tokens[:batch].argmax(dim=1).max()) + 1 if tower == "text" else 0,
-                             **table.loc[name].to_dict(),
-                             "ratio_to_teacher": table.p50_ms[teacher] / table.p50_ms[name],
-                             "params_m": parameters_m(part)})
+                calls = {key: lambda form=form, t=tokens[:batch]: form.encode_text(t) for key, form in forms.items()}
+            table = benchmark(calls, repeats if batch == 1 else max(2, repeats // 4), warmup=2 if batch == 1 else 1).set_index("name")
+            rows += [{"model": key[0], "backend": key[1], "tower": "image" if tokens is None else "text", "captions": captions,
+                      "batch": batch, "tokens": 0 if tokens is None else int(tokens[:batch].argmax(dim=1).max()) + 1,
+                      "p50_ms": table.p50_ms[key], "p90_ms": table.p90_ms[key],
+                      "ratio_to_teacher": table.p50_ms[first] / table.p50_ms[key]} for key in forms]
     return pd.DataFrame(rows)
+
+
+def both_towers(table, captions):
+    """Rows of `latency` for one image and one text of `captions`: the sum of both towers' medians."""
+    chosen = table[table.captions.isin(["", captions])]
+    both = chosen.groupby(["model", "backend", "batch"], sort=False, as_index=False).agg(p50_ms=("p50_ms", "sum"), tokens=("tokens", "max"))
+    teacher = both.batch.map(both[(both.model == table.model[0]) & (both.backend == table.backend[0])].set_index("batch").p50_ms)
+    return both.assign(tower="both", captions=captions, ratio_to_teacher=teacher / both.p50_ms)
+
+
+@torch.inference_mode()
+def layer_times(models, images, tokens, repeats=20):
+    """Where the time goes: {name: model} of one architecture, in turns -> table: tower, part, and of each model `name ms`
+    (median, from the part's start to the next one's) and `name layers` (convolutions, matrix products and norms in it)."""
+    marks = []
+
+    def timed(model, tower, call):
+        marks.clear()
+        call(model)
+        ends = [start for _, _, start in marks[1:]] + [time.perf_counter()]
+        return [(tower, part, 1e3 * (end - start)) for (_, part, start), end in zip(marks, ends)]
+
+    parts, hooks, times = {name: model_parts(model) for name, model in models.items()}, [], []
+    for name in models:
+        for (tower, part), modules in parts[name].items():
+            hooks.append(modules[0].register_forward_pre_hook(
+                lambda module, args, tower=tower, part=part: marks.append((tower, part, time.perf_counter()))))
+    for repeat in range(repeats + 2):
+        for name, model in models.items():
+            measured = timed(model, "image", lambda m: m.visual(images)) + timed(model, "text", lambda m: m.text(tokens))
+            times += [(tower, part, f"{name} ms", ms) for tower, part, ms in measured] if repeat >= 2 else []
+    for hook in hooks:
+        hook.remove()
+    table = pd.DataFrame(times, columns=["tower", "part", "what", "ms"])
+    table = table.pivot_table("ms", ["tower", "part"], "what", "median", sort=False).reset_index().rename_axis(columns=None)
+    for name in models:
+        table[f"{name} layers"] = [sum(isinstance(layer, LAYERS) for module in parts[name][tower, part] for layer in module.modules())
+                                   for tower, part in zip(table.tower, table.part)]
+    return table
+
+
+LAYERS = (torch.nn.modules.conv._ConvNd, torch.nn.Linear, torch.nn.MultiheadAttention, torch.nn.modules.batchnorm._BatchNorm,
+          torch.nn.LayerNorm)
+
+
+def model_parts(model):
+    """{(tower, part): modules, the first of which is called first} of a FastViT image tower and either text tower."""
+    trunk, text = model.visual.trunk, model.text
+    blocks = text.layers if isinstance(text, HybridText) else text.transformer.resblocks
+    image = {"stem": [trunk.stem], **{f"stage {i}": [stage] for i, stage in enumerate(trunk.stages, 1)},
+             "last convolution": [trunk.final_conv], "head": [trunk.head]}
+    words = {"embedding": [text.token_embedding], **({"first RepMixer": [text.first]} if isinstance(text, HybridText) else {}),
+             **{f"attention {i}": [block.ln_1, block.attn, block.ln_2, block.mlp] for i, block in enumerate(blocks, 1)},
+             **({"last RepMixer": [text.last]} if isinstance(text, HybridText) else {}), "projection": [text.ln_final]}
+    return {(tower, part): modules for tower, of in (("image", image), ("text", words)) for part, modules in of.items()}
 
 
 # ---- full-size towers
 
 def caption_tokens(file, shortest, longest, n=32, seed=0):
-    """Tokens (n, 248) of `n` real captions of `shortest` to `longest` tokens: texts of a Parquet file, or their first
-    sentences; without a file, captions of scenes."""
+    """Tokens (n, 248) of `n` real captions of `shortest` to `longest` tokens: texts of a Parquet file, or single
+    sentences of them; without a file, captions of scenes."""
     texts = pd.read_parquet(file).text if file else make_pairs(500, seed).long
-    texts = pd.concat([texts, texts.str.split(". ", regex=False).str[0], texts.str.split(",", regex=False).str[0]]).drop_duplicates()
+    texts = pd.concat([texts, texts.str.split(". ", regex=False).explode()]).drop_duplicates()
     tokens = tokenizer()(list(texts.sample(min(2000, len(texts)), random_state=seed)))
     lengths = tokens.argmax(dim=1) + 1
     fitting = tokens[(lengths >= shortest) & (lengths <= longest)]
@@ -76,172 +121,128 @@ def caption_tokens(file, shortest, longest, n=32, seed=0):
     return fitting[:n]
 
 
-@torch.inference_mode()
-def benchmark_models(names, captions=None, batches=(1, 32), repeats=3):
-    """Each model of `names` (random weights), folded and packed, beside Long-CLIP-B as its code runs it, in fp32 PyTorch.
-
-    That reference is open_clip's ViT-B-16-quickgelu with text untrimmed at 248 tokens. All towers of a row group take turns.
-    -> table: tower, captions, batch, model, p50_ms, p90_ms, ratio (reference time / this time).
-    """
+def reference():
+    """Long-CLIP-B as its code runs it, random weights: open_clip's ViT-B-16-quickgelu with text untrimmed at 248 tokens."""
     config = open_clip.get_model_config("ViT-B-16-quickgelu")
     config["text_cfg"]["context_length"] = CONTEXT
-    reference = open_clip.CLIP(**config).eval()
-    models = {name: pack(reparameterize(create_model(name))) for name in names}
+    model = open_clip.CLIP(**config).eval()
+    model.image_size, model.config = config["vision_cfg"]["image_size"], config
+    return model
+
+
+def open_torch(folder, backend):
+    """A model folder, or "reference", as PyTorch runs it: folded, and with packed weights where `backend` says so."""
+    if folder == "reference":
+        return reference()
+    model = reparameterize(checkpoints.load_folder(folder))
+    return pack(model) if backend == "pytorch-packed" else model
+
+
+ALONE = """
+import sys, time
+import numpy as np
+folder, backend, size = sys.argv[1:]
+if backend.startswith("pytorch"):
+    import torch
+    from jettclip.bench import open_torch as load
+    torch.set_grad_enabled(False)
+    array = torch.from_numpy
+else:
+    from jettclip.runtime import load
+    array = np.asarray
+model, pixels = load(folder, backend), np.random.rand(32, 3, int(size), int(size)).astype(np.float32)
+tokens = np.zeros((32, 248), dtype=np.int64)
+tokens[:, :119], tokens[:, 119] = 7, 49407
+model.encode_image(array(pixels[:1]))
+print(time.time())
+model.encode_image(array(pixels)), model.encode_text(array(tokens))
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+def alone(folder, backend, image_size):
+    """A form in a process of its own -> start_s (to the first embedded photo) and peak_mb (32 photos, 32 texts of 120 tokens)."""
+    start = time.time()
+    finished = subprocess.run([sys.executable, "-c", ALONE, str(folder), backend, str(image_size)], capture_output=True, text=True, check=True)
+    embedded, peak = finished.stdout.split()
+    return {"start_s": float(embedded) - start, "peak_mb": int(peak) / 1024}
+
+
+def benchmark_latency(names, captions=None, batches=(1, 32), repeats=20, say=lambda line: None):
+    """Each model of `names` (random weights) in every form that is installed, beside Long-CLIP-B as its code runs it.
+
+    "MobileCLIP-S0 at 248" is S0 with its own text tower, stretched, which attends to padding. Columns of `latency`; params_m and
+    gmacs (of one input, of `tokens` tokens) of the row's towers; of the whole form file_mb, start_s and peak_mb (`alone`), and the
+    largest change of normalised features against folded PyTorch, drift_image and drift_text.
+    """
+    backends = runtime.installed_backends()
     texts = {"60 to 180 tokens": caption_tokens(captions, 60, 180), "12 to 20 tokens": caption_tokens(captions, 12, 20)}
-    rows = []
-    for batch in batches:
-        image = {name: torch.rand(batch, 3, model.image_size, model.image_size) for name, model in models.items()}
-        pixels = torch.rand(batch, 3, 224, 224)
-        groups = {("image", ""): {"Long-CLIP-B, reference": lambda x=pixels: reference.encode_image(x),
-                                  **{name: lambda m=m, x=image[name]: m.encode_image(x) for name, m in models.items()}}}
-        for caption, tokens in texts.items():
-            groups["text", caption] = {"Long-CLIP-B, reference": lambda t=tokens: reference.encode_text(t[:batch]),
-                                       **{name: lambda m=m, t=tokens: m.encode_text(t[:batch]) for name, m in models.items()}}
-        for (tower, caption), calls in groups.items():
-            table = benchmark(calls, repeats, warmup=1)
-            rows.append(table.rename(columns={"name": "model"}).assign(
-                tower=tower, captions=caption, batch=batch, ratio=table.p50_ms[0] / table.p50_ms))
-    return pd.concat(rows)[["tower", "captions", "batch", "model", "p50_ms", "p90_ms", "ratio"]]
+    plain = {REFERENCE: reference()}
+    forms = {(REFERENCE, "pytorch"): plain[REFERENCE]}
+    facts = [{"model": REFERENCE, "backend": "pytorch", **alone("reference", "pytorch", plain[REFERENCE].image_size)}]
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in names:
+            tower = {"text_tower": "stretched"} if name == "MobileCLIP-S0 at 248" else {}
+            say(f"exporting {name}")
+            folder = Path(scratch) / name.replace(" ", "-")
+            model = create_model("JettCLIP-S0" if tower else name, **tower).eval()
+            checkpoints.save_folder(model, folder / "pytorch")
+            plain[name] = reparameterize(model)
+            exported = deploy.export(model, folder / "fp32")
+            places = {"pytorch": folder / "pytorch", "pytorch-packed": folder / "pytorch", **{backend: exported for backend in backends},
+                      "onnxruntime-int8": deploy.quantize(exported, folder / "int8")}
+            images = torch.rand(4, 3, model.image_size, model.image_size)
+            for backend, place in places.items():
+                torch_form = backend.startswith("pytorch")
+                form = open_torch(place, backend) if torch_form else runtime.load(place, backend.removesuffix("-int8"))
+                forms[name, backend] = form
+                drift = (deploy.max_difference if torch_form else deploy.drift)(plain[name], form, images, texts["60 to 180 tokens"])
+                files = [place / checkpoints.WEIGHTS] * 2 if torch_form else [place / "image.onnx", place / "text.onnx"]
+                facts.append({"model": name, "backend": backend, "drift_image": drift[0], "drift_text": drift[1],
+                              "file_mb": sum(file.stat().st_size for file in set(files)) / 1e6,
+                              **alone(place, backend.removesuffix("-int8"), model.image_size)})
+        say("timing")
+        sizes = {form.image_size for form in forms.values()}
+        table = latency(forms, {size: torch.rand(max(batches), 3, size, size) for size in sizes}, texts, batches, repeats)
+    table = pd.concat([table, both_towers(table, "60 to 180 tokens")], ignore_index=True)
+    macs = {(name, tokens): gmacs(model, CONTEXT if name == REFERENCE else tokens) for name, model in plain.items()
+            for tokens in table.tokens.unique() if tokens}
+    costs = {name: {"image": parameters_m(model.visual), "both": parameters_m(model)} for name, model in plain.items()}
+    for row in table.itertuples():
+        image, text = macs[row.model, row.tokens] if row.tokens else (*gmacs(plain[row.model])[:1], 0)
+        table.loc[row.Index, "gmacs"] = {"image": image, "text": text, "both": image + text}[row.tower]
+        cost = costs[row.model]
+        table.loc[row.Index, "params_m"] = cost.get(row.tower, cost["both"] - cost["image"])
+    return table.merge(pd.DataFrame(facts), on=["model", "backend"])
 
 
-# ---- losses
-
-def _by_svd(features, k=32):
-    """Primary components as Long-CLIP's code computes them, for comparison."""
-    mean = features.mean(dim=0, keepdim=True)
-    u, values, v = torch.linalg.svd(features - mean, full_matrices=False)
-    return mean + (u[:, :k] * values[:k]) @ v[:k]
-
-
-def benchmark_losses(batches=(128, 512, 2048), width=512, repeats=10):
-    """Forward and backward pass of primary components and of each method's total loss, on random features.
-
-    -> table: batch, what, p50_ms, p90_ms, ratio (to `svd`, and to the contrastive loss on two captions).
-    """
-    rows = []
-    for batch in batches:
-        student, teacher = ([F.normalize(torch.randn(batch, width), dim=1) for _ in range(3)] for _ in range(2))
-        leaves, scale = [f.requires_grad_() for f in student], torch.tensor(14.3, requires_grad=True)
-
-        def components(compute):
-            compute(leaves[0]).sum().backward()
-
-        def total(method):
-            heads = Heads(method, width, width) if method == "afd" else None
-            return lambda: total_loss(leaves, teacher, scale, method=method, heads=heads, masked_image=leaves[0])[0].backward()
-
-        for base, calls in (("svd", {"svd": lambda: components(_by_svd), "primary_components": lambda: components(primary_components)}),
-                            ("none", {method: total(method) for method in ("none", *METHODS, "crd+fd")})):
-            table = benchmark(calls, repeats).set_index("name")
-            rows += [{"batch": batch, "what": name, **row, "ratio": row.p50_ms / table.p50_ms[base]} for name, row in table.iterrows()]
-    return pd.DataFrame(rows)
-
-
-def benchmark_step(method="crd+fd", batch=128, pairs=512, repeats=5):
-    """A step of training JettCLIP-T on cached features with and without distillation -> table: what, p50_ms, p90_ms."""
-    dataset = PairDataset(make_pairs(pairs, seed=0), 64)
-    teacher = [F.normalize(torch.randn(batch, 128), dim=1) for _ in range(3)]
-    _, _, images, long, short = next(iter(loader(dataset, in_order(pairs, batch))))
-    model = create_model("JettCLIP-T").to(memory_format=torch.channels_last).train()
-
-    def step(method):
-        features = model.encode_image(images), model.encode_text(long), model.encode_text(short)
-        total_loss(features, teacher, model.logit_scale.exp(), method=method)[0].backward()
-
-    return benchmark({"without distillation": lambda: step("none"), method: lambda: step(method)}, repeats)
-
-
-# ---- training
-
-def random_cache(folder, rows, width):
-    """A feature cache of random unit vectors with one crop: as fast to read as a teacher's."""
-    rng = np.random.default_rng(0)
-    for name, shape in (("image", (rows, 1, width)), ("long", (rows, width)), ("short", (rows, width))):
-        np.save(folder / f"{name}.npy", rng.standard_normal(shape).astype(np.float16))
-    np.save(folder / "crops.npy", draw_crops([(1, 1)] * rows, 1, seed=0))
-    write_json(folder / "manifest.json", {})
-    return FeatureCache(folder)
-
-
-def benchmark_train(name="JettCLIP-T", teacher="LongCLIP-T", batch=64, pairs=512, method="crd+fd", repeats=10):
-    """Whole steps of training `name` on scenes at its image size, loader and optimizer included: without distillation, from
-    cached features, and from the teacher run in each step. They take turns.
-
-    On a GPU in bfloat16. -> table: what, samples_s, waiting (share of the time that goes to the loader), step_ms, ratio (of its
-    time to that without distillation), and peak (share of a known GPU's dense bf16 peak; the teacher's work counts too).
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    online = create_model(teacher, device=device).eval()
-    size = create_model(name).image_size
-    dataset, waits, flops = PairDataset(make_pairs(pairs, seed=0, size=size), size), {}, {}
-
-    def trainer(what, cache):
-        config = Config(steps=1, batch_size=batch, method="none" if what == "without distillation" else method, bf16=device == "cuda")
-        model = create_model(name, device=device).to(memory_format=torch.channels_last).train()
-        optimizer, waits[what] = optimizer_of(model, config), []
-        batches = itertools.chain.from_iterable(loader(dataset, epoch_batches(pairs, batch, 0, epoch)) for epoch in itertools.count())
-
-        def features(rows, ks, images, long, short):
-            if what == "cached features":
-                return [feature.to(device) for feature in cache.rows(rows, ks)]
-            images = F.interpolate(images, (online.image_size, online.image_size), mode="bilinear")
-            with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=config.bf16):
-                taught = online.encode_image(images, True), online.encode_text(long, True), online.encode_text(short, True)
-            return [feature.float().clone() for feature in taught]
-
-        def step():
-            optimizer.zero_grad(set_to_none=True)
-            start = time.perf_counter()
-            rows, ks, *inputs = next(batches)
-            waits[what].append(1e3 * (time.perf_counter() - start))
-            inputs = [x.to(device, non_blocking=True) for x in inputs]
-            taught = None if config.method == "none" else features(rows, ks, *inputs)
-            backward(model, (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:], None), lambda student: total_loss(
-                student[:3], taught, model.logit_scale.exp(), method=config.method), config)
-            optimizer.step()
-
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused attention is not counted
-            step()
-        flops[what] = counter.get_total_flops()
-        return step
-
-    with tempfile.TemporaryDirectory() as folder:
-        cache = random_cache(Path(folder), pairs, online.config["embed_dim"])
-        table = benchmark({what: trainer(what, cache) for what in ("without distillation", "cached features", "online teacher")}, repeats)
-    gpu = torch.cuda.get_device_name() if device == "cuda" else ""
-    peak = next((teraflops for key, teraflops in PEAK.items() if key in gpu), float("nan"))
-    return pd.DataFrame({
-        "what": table.name, "samples_s": 1e3 * batch / table.p50_ms,
-        "waiting": table.name.map(lambda what: statistics.median(waits[what][-repeats:])) / table.p50_ms,
-        "step_ms": table.p50_ms, "ratio": table.p50_ms / table.p50_ms[0], "peak": table.name.map(flops) / table.p50_ms / 1e9 / peak})
+def machine():
+    """A file name for this machine, and what its numbers depend on."""
+    facts = report.provenance()
+    packages = {name: importlib.metadata.version(name) for name in ("onnxruntime", "openvino") if importlib.util.find_spec(name)}
+    allocator = os.environ.get("LD_PRELOAD") or "the system's"
+    return re.sub(r"\W+", "-", f"{facts['cpu']} {facts['cores']} cores").lower(), {**facts, **packages, "allocator": allocator}
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m jettclip.bench", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    models = commands.add_parser("models", help=benchmark_models.__doc__.splitlines()[0])
-    models.add_argument("--models", nargs="+", default=["JettCLIP-S0", "JettCLIP-S1", "JettCLIP-S2", "JettCLIP-B", "LongCLIP-B"])
-    models.add_argument("--captions", help="Parquet file with a column `text`; default: captions of scenes")
-    losses = commands.add_parser("losses", help=benchmark_losses.__doc__.splitlines()[0])
-    train = commands.add_parser("train", help="samples per second and time spent waiting, with and without a teacher")
-    train.add_argument("--model", default="JettCLIP-T", help="student (default: %(default)s)")
-    train.add_argument("--teacher", default="LongCLIP-T", help="the online teacher (default: %(default)s)")
-    train.add_argument("--batch", type=int, default=64, help="default: %(default)s")
-    for command, repeats in ((models, 3), (losses, 10), (train, 10)):
-        command.add_argument("--repeats", type=int, default=repeats, help="timings of each call (default: %(default)s)")
+    parser = argparse.ArgumentParser(prog="python -m jettclip.bench", description=benchmark_latency.__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["JettCLIP-S0", "MobileCLIP-S0 at 248", "JettCLIP-S1", "JettCLIP-S2",
+                                                        "JettCLIP-B", "LongCLIP-B"])
+    parser.add_argument("--captions", help="Parquet file with a column `text`; default: captions of scenes")
+    parser.add_argument("--output", default=report.ROOT / "results/latency", type=Path, help="folder of the table (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=20, help="timings of each call (default: %(default)s)")
     args = parser.parse_args()
-    print(f"{torch.get_num_threads()} threads, fp32 PyTorch {torch.__version__}")
-    if args.command == "models":
-        print("ratio = time of Long-CLIP-B's reference form / this time")
-        tables = [benchmark_models(args.models, args.captions, repeats=args.repeats)]
-    elif args.command == "train":
-        print(f"on {torch.cuda.get_device_name() + ' in bfloat16' if torch.cuda.is_available() else 'the CPU'}; ratio = this time / that without distillation")
-        tables = [benchmark_train(args.model, args.teacher, args.batch, pairs=max(512, 2 * args.batch), repeats=args.repeats)]
-    else:
-        print("forward + backward; ratio = this time / that of svd, of the loss without distillation")
-        tables = [benchmark_losses(repeats=args.repeats), benchmark_step(repeats=args.repeats)]
-    for table in tables:
-        print(table.to_string(index=False, float_format=lambda value: f"{value:.2f}"))
+    name, facts = machine()
+    print(f"{facts['cpu']}, {facts['threads']} threads, allocator: {facts['allocator']}")
+    table = benchmark_latency(args.models, args.captions, repeats=args.repeats, say=lambda line: print(line, flush=True))
+    report.save_csv(table, args.output / f"{name}.csv")
+    report.style()
+    drawn = table.model.isin([REFERENCE, args.models[0]]) | ((table.model == "MobileCLIP-S0 at 248") & (table.backend == "pytorch"))
+    report.save(report.speed(table[drawn]), args.output / f"{name}.svg")
+    checkpoints.write_json(args.output / f"{name}.json", {**facts, "captions": Path(args.captions).name if args.captions else "scenes"})
+    print(f"wrote {args.output / name}.csv; ratio = time of Long-CLIP-B's reference form / this time")
+    print(table[["tower", "captions", "batch", "model", "backend", "p50_ms", "p90_ms", "ratio_to_teacher"]].to_string(
+        index=False, float_format=lambda value: f"{value:.2f}"))
 
 
 if __name__ == "__main__":

@@ -16,26 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models import fastvit, vision_transformer_hybrid
 
+from .files import write_json, write_then_rename
 from .text import stretch_positions
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
-
-
-def write_json(path, value):
-    """Write JSON under a temporary name, then rename: a reader never sees half a file."""
-    write_then_rename(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
-
-
-def write_then_rename(path, write):
-    """Call `write(temporary path)`, then rename the result to `path`."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---- our own folders

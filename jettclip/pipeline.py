@@ -52,6 +52,7 @@ NOTEBOOKS = {
     "03_reparameterize": ("deploy", ["02_train"]),
     "04_evaluate": ("evaluate", ["02_train"]),
     "05_report": ("report", ["03_reparameterize", "04_evaluate"]),
+    "06_search": ("search", ["02_train"]),
 }
 GIVEN = {"profile", "variant", "variants", "failed"}  # parameters set here, never by a profile
 

@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
-from .checkpoints import write_then_rename
+from .files import write_then_rename
 from .pipeline import report_pdf, results_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -193,20 +193,51 @@ def failures(queries, wanted, found):
 
 
 def speed(table):
-    """Ratios to the teacher's latency for each tower and batch size (rows of deploy.latency) -> figure."""
-    groups = [f"{tower}, batch {batch}" for tower, batch in table[["tower", "batch"]].drop_duplicates().values]
+    """Ratios to the teacher's latency (rows of bench.latency): a panel per tower, captions and batch, a bar per form -> figure."""
+    table = table.assign(form=table.model + ", " + table.backend)
+    groups, forms = list(table.groupby(["tower", "captions", "batch"], sort=False)), list(table.form.unique())[::-1]
+    figure, axes = plt.subplots(-(-len(groups) // 2), 2, figsize=(6.3, -(-len(groups) // 2) * (0.6 + 0.17 * len(forms))),
+                                sharey=True, squeeze=False)
+    for axis in axes.flat[len(groups):]:
+        axis.axis("off")
+    for axis, ((tower, captions, batch), rows) in zip(axes.flat, groups):
+        ratios = rows.set_index("form").ratio_to_teacher.reindex(forms)
+        axis.barh(range(len(forms)), ratios, color=["#8fbcd9" if ratio >= 1 else "#e0a080" for ratio in ratios], edgecolor="black", linewidth=0.6)
+        for y, ratio in enumerate(ratios):
+            axis.text(ratio, y, f" {ratio:.1f}", va="center", fontsize=7)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_title(f"{tower.replace('both', 'image + text')}{', ' + captions if captions else ''}, batch {batch}", fontsize=8, loc="left")
+        axis.set_yticks(range(len(forms)), forms, fontsize=7)
+        axis.set_xlim(0, 1.18 * ratios.max())
+        axis.grid(axis="y", visible=False)
+    figure.supxlabel("times as fast as the teacher", fontsize=9)
+    return figure
+
+
+def layers(table):
+    """Where the time goes (rows of bench.layer_times): a panel per tower, bars per part before and after folding -> figure."""
+    names = [column.removesuffix(" ms") for column in table if column.endswith(" ms")]
+    figure, axes = plt.subplots(1, 2, figsize=(6.3, 2.8))
+    for axis, (tower, rows) in zip(axes, table.groupby("tower", sort=False)):
+        for number, (name, (colour, *_)) in enumerate(zip(names, STYLES)):
+            places = [y + (number - 0.5) * 0.4 for y in range(len(rows))]
+            axis.barh(places, rows[f"{name} ms"], 0.4, color=colour, edgecolor="black", linewidth=0.6, label=name)
+        axis.set_yticks(range(len(rows)), rows.part, fontsize=7)
+        axis.invert_yaxis()
+        axis.set(xlabel="ms", title=f"{tower} tower")
+        axis.grid(axis="y", visible=False)
+    axes[0].legend(loc="lower right")
+    return figure
+
+
+def tradeoff(table, xlabel, ylabel):
+    """Accuracy against latency: table.value with its interval against table.p50_ms, a point per table.model -> figure."""
     figure, axis = plt.subplots()
-    models = list(table.groupby("model", sort=False))
-    for number, (name, rows) in enumerate(models):
-        place = [g + (number - (len(models) - 1) / 2) * 0.8 / len(models) for g in range(len(groups))]
-        axis.bar(place, rows.ratio_to_teacher, 0.8 / len(models), color=f"{0.25 + 0.6 * number / len(models)}",
-                 edgecolor="black", linewidth=0.6, label=name)
-        for x, ratio in zip(place, rows.ratio_to_teacher):
-            axis.text(x, ratio, f"{ratio:.1f}", ha="center", va="bottom", fontsize=7)
-    axis.set_xticks(range(len(groups)), groups)
-    axis.set(ylabel="times as fast as the teacher")
+    for row, (colour, _, marker) in zip(table.itertuples(), STYLES):
+        axis.errorbar(row.p50_ms, row.value, yerr=[[row.value - row.low], [row.high - row.value]], color=colour, marker=marker,
+                      markersize=5, capsize=2, linestyle="none", label=row.model)
+    axis.set(xlabel=xlabel, ylabel=ylabel, xlim=(0, None), ylim=(0, None))
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    axis.grid(axis="x", visible=False)
     return figure
 
 
@@ -240,11 +271,19 @@ def pdf(profile):
         raise FileNotFoundError(f"the report needs results/{' and results/'.join(missing)}: "
                                 "run `make report PROFILE=...` for it first")
     files = [f"/{path.relative_to(ROOT)}" for folder in folders.values() for path in sorted((ROOT / folder).iterdir())]
+    inputs = {**{name: f"/{folder}" for name, folder in folders.items()}, "files": json.dumps(files)}
+    if (ROOT / folders["scenes"] / "drift.csv").exists():
+        inputs["drift"] = f"/{folders['scenes']}"
+    if machine := measured_machine():
+        inputs["latency"] = f"/results/latency/{machine}"
     output = ROOT / report_pdf(profile)
-    write_then_rename(output, lambda path: typst.compile(
-        ROOT / "report/report.typ", output=path, root=ROOT,
-        sys_inputs={**{name: f"/{folder}" for name, folder in folders.items()}, "files": json.dumps(files)}))
+    write_then_rename(output, lambda path: typst.compile(ROOT / "report/report.typ", output=path, root=ROOT, sys_inputs=inputs))
     return output
+
+
+def measured_machine():
+    """The machine (the first by name) whose results/latency/<machine>.csv the report and README.md show, or None."""
+    return min((path.stem for path in ROOT.glob("results/latency/*.csv")), default=None)
 
 
 def html(profile):
@@ -301,7 +340,16 @@ def readme_tables():
     counts = {"model": "model", "image_params_m": "image, M parameters", "text_params_m": "text, M parameters",
               "image_gmacs": "image, GMAC", "text_gmacs": "text, GMAC", "image_size": "pixels", "text_tower": "text tower",
               "context": "tokens"}
-    return {"results": markdown(results.loc[scenes.index].fillna("–").reset_index(), heads), "models": markdown(models, counts)}
+    latency = "Not measured yet: `make bench-latency`."
+    if machine := measured_machine():
+        table = pd.read_csv(ROOT / f"results/latency/{machine}.csv", keep_default_na=False)
+        table = table[table.model.isin(["JettCLIP-S0", "MobileCLIP-S0 at 248"]) & (table.captions != "12 to 20 tokens")]
+        table = table.assign(column=table.tower + table.batch.map(" {}".format))
+        heads_of = {f"{tower} {batch}": f"{what}, batch {batch}" for tower, what in
+                    (("image", "image"), ("text", "long text"), ("both", "image + long text")) for batch in (1, 32)}
+        wide = table.pivot_table("ratio_to_teacher", ["model", "backend"], "column", sort=False).reset_index()
+        latency = markdown(wide, {"model": "model", "backend": "backend", **heads_of})
+    return {"latency": latency, "results": markdown(results.loc[scenes.index].fillna("–").reset_index(), heads), "models": markdown(models, counts)}
 
 
 def readme(text):

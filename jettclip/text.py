@@ -124,7 +124,7 @@ def real_tokens(x, end):
 
 def take(x, at):
     """(B, L, d) at the places (B, w) -> (B, w, d)."""
-    return x[torch.arange(len(x), device=x.device).unsqueeze(1), at]
+    return x[torch.arange(x.shape[0], device=x.device).unsqueeze(1), at]  # not len(x): it would fix the size in an export
 
 
 def attend(block, x, mask=None, at=None, causal=False):

@@ -49,3 +49,12 @@ def table():
 @pytest.fixture(scope="session")
 def dataset(table):
     return PairDataset(table, 32)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """A tiny model with drawn norms, and its export folder."""
+    from jettclip import deploy  # here, so that most tests start without ONNX
+
+    model = randomise(tiny_model())
+    return model, deploy.export(model, tmp_path_factory.mktemp("export") / "tiny")

@@ -1,9 +1,13 @@
 """Counts agree with counting by hand, and the clock gives every call its turn."""
+import json
+import shutil
+
 import pytest
 import torch
 from conftest import tiny_model
 
 import jettclip
+from jettclip import deploy
 from jettclip.deploy import benchmark, gmacs, max_difference, pack, parameters_m
 
 
@@ -66,3 +70,19 @@ def test_packed_weights_of_two_models_stay_apart():
     packed = [pack(model) for model in models]
     for model, one in [*zip(models, packed)] * 2:
         assert max(max_difference(model, one, images, tokens)) < 1e-5
+
+
+def test_export_refuses_graphs_that_differ(exported, monkeypatch, tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="kept holds something else than an export"):
+        deploy.export(exported[0], tmp_path / "kept")
+    shutil.copytree(exported[1], tmp_path / "old")
+    monkeypatch.setattr(torch.export, "export", lambda *args, **options: None)  # which takes seconds
+    monkeypatch.setattr(torch.onnx, "export", lambda program, f, **options: shutil.copy(exported[1] / f.name, f))
+    with pytest.raises(RuntimeError, match="the exported JettCLIP-T differs from PyTorch's by .*: nothing was written"):
+        deploy.export(tiny_model(seed=1), tmp_path / "old")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "old"]
+    assert json.loads((tmp_path / "old/deploy.json").read_text()) == json.loads((exported[1] / "deploy.json").read_text())
+    deploy.export(exported[0], tmp_path / "old")  # an earlier export is replaced
+    assert sorted(path.name for path in (tmp_path / "old").iterdir()) == ["deploy.json", "image.onnx", "text.onnx", "tokenizer.json"]

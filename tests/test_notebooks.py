@@ -37,7 +37,7 @@ def read(name):
 
 
 def test_every_step_is_done_and_the_report_is_built(first_run):
-    for folder in ("data", "teacher", "none-s0", "crd+fd-both-s0", "deploy", "evaluate", "report"):
+    for folder in ("data", "teacher", "none-s0", "crd+fd-both-s0", "deploy", "evaluate", "report", "search"):
         assert json.loads((RUN / folder / "done.json").read_text())["seconds"] > 0
     assert (ROOT / "report/build/report-smoke.pdf").read_bytes().startswith(b"%PDF")
     pages = {path.stem for path in (ROOT / "report/build/smoke").glob("*.html")}
@@ -45,7 +45,7 @@ def test_every_step_is_done_and_the_report_is_built(first_run):
 
 
 def test_progress_is_told_step_by_step(first_run):
-    assert "[ 1/8] 00_data done in" in first_run.stdout
+    assert "[ 1/9] 00_data done in" in first_run.stdout
     assert "step 4/4" in first_run.stdout
 
 
@@ -93,6 +93,13 @@ def test_by_hand_the_numbers_are_the_same(first_run):
                    env=environment, capture_output=True)
     one, other = (pd.read_csv(RUN / name / "history.csv").drop(columns="seconds") for name in (variant, "by-hand"))
     assert one.equals(other) and len(one) == 2
+
+
+def test_forms_without_pytorch_are_compared(first_run):
+    rows = read("drift.csv")
+    assert {"pytorch", "onnxruntime", "onnxruntime-int8"} <= {row["backend"] for row in rows}
+    assert all(float(row["text_max_difference"]) < 1e-5 for row in rows if row["backend"] == "onnxruntime")
+    assert (RUN / "search/found.html").read_text().count("<figure>") == 4
 
 
 def test_a_second_run_does_nothing(first_run):

@@ -23,6 +23,7 @@ PARAMETERS = {
     "03_reparameterize": 'precisions = ["fp32"]  # one of: fp32, bf16',
     "04_evaluate": 'variants = []\nfailed = []\n',
     "05_report": '',
+    "06_search": '',
 }
 PROFILE = "size: 32\nrate: 1e5\nvariants:\n  - {method: [fd, crd], pairs: both, seed: 0}\n"
 
@@ -96,7 +97,7 @@ def test_bad_variants(variants):
 def test_plan(root):
     steps = pipeline.plan("tiny", root)
     assert list(steps) == ["00_data", "01_teacher_features", "02_train fd-both-s0", "02_train crd-both-s0",
-                           "03_reparameterize", "04_evaluate", "05_report"]
+                           "03_reparameterize", "04_evaluate", "05_report", "06_search"]
     assert steps["00_data"].parameters == {"profile": "tiny", "size": 32}
     assert steps["01_teacher_features"].parameters == {"profile": "tiny", "rate": 100000.0}
     assert steps["02_train crd-both-s0"].parameters == {
@@ -191,7 +192,7 @@ def test_step_succeeds(root, tmp_path, monkeypatch):
     code, output = step(root, "00_data")
     assert code == 0, output
     assert f"tiny 32 {sys.executable} {root / 'notebooks'}\n" in output
-    assert re.search(r"^\[ 1/7\] 00_data done in \d+ s; \d+ s gone, time left unknown$", output, re.M), output
+    assert re.search(r"^\[ 1/8\] 00_data done in \d+ s; \d+ s gone, time left unknown$", output, re.M), output
     done = json.loads((root / "runs/tiny/data/done.json").read_text())
     steps = pipeline.plan("tiny", root)
     assert done["step"] == "00_data" and done["seconds"] > 0 and done["made_by"] == steps["00_data"].made_by
@@ -287,15 +288,15 @@ def test_progress_line(root, monkeypatch):
     (root / "runs/tiny/timings.csv").write_text("00_data,5\n02_train fd-both-s0,60\n02_train fd-both-s1,71\n"
                                                 "02_train fd-both-s2,500\n")
     monkeypatch.setenv("JETTCLIP_STARTED", str(time.time() - 250.4))
-    # left: the other variant (median 71 here), 100 and 90 (committed), and 05_report, never timed
+    # left: the other variant (median 71 here), 100 and 90 (committed), and 05_report and 06_search, never timed
     assert pipeline.progress_line(steps["02_train fd-both-s0"], 71.2, steps) == (
-        "[ 3/7] 02_train fd-both-s0 done in 71 s; 4 min 10 s gone, about 4 min 21 s left and 1 never timed")
+        "[ 3/8] 02_train fd-both-s0 done in 71 s; 4 min 10 s gone, about 4 min 21 s left and 2 never timed")
     for label in list(steps)[3:]:
         finish(label)
     line = pipeline.progress_line(steps["05_report"], 2, steps)
-    assert line == "[ 7/7] 05_report done in 2 s; 4 min 10 s gone"
+    assert line == "[ 8/8] 05_report done in 2 s; 4 min 10 s gone"
     os.utime(steps["00_data"].done)  # made again: all that follows is out of date
-    assert pipeline.progress_line(steps["00_data"], 5, steps).startswith("[ 1/7] 00_data")
+    assert pipeline.progress_line(steps["00_data"], 5, steps).startswith("[ 1/8] 00_data")
 
 
 # ---- all steps, with the real Snakefile and the flags of the Makefile
@@ -356,7 +357,7 @@ def test_snakemake(root):
     assert second.returncode == 0
     assert [step for step in pipeline.plan("tiny", root) if steps.count(f"{step} started") != 1] == [
         "00_data", "01_teacher_features"]  # both were finished before
-    assert steps[-1].startswith("[ 7/7] 05_report done in")
+    assert steps[-1].startswith("[ 8/8] 06_search done in")
     assert not [line for line in steps if re.match("rule|localrule|Job|Building DAG", line)]
     assert (root / "results/tiny/timings.csv").read_text().count("\n") == 8  # fd was trained twice
 
