@@ -56,7 +56,7 @@ def swapped_details(table, seed=0):
 # ---- what the student kept of its teacher's geometry
 
 def linear_cka(x, y, keep=None):
-    """Linear centred kernel alignment of features x (N, d) and y (N, e) of the same rows: 1 for a rotation of each other.
+    """Linear centred kernel alignment of features x (N, d) and y (N, e) of the same rows, 1 for a rotation of each other.
 
     Kornblith et al. (2019), with the unbiased estimator of HSIC (Song et al., 2012), which is 0 on average for unrelated
     features; the plain one grows with d / N. keep (B, N) of zeros and ones: one value for each choice of rows, at least 4, -> (B,).
@@ -68,7 +68,7 @@ def linear_cka(x, y, keep=None):
     n = keep.sum(dim=1)
 
     def hsic(k, l):
-        k_sums, l_sums, both = (keep * (keep @ one) for one in (k, l, k * l))  # (B, N): of each column over the rows that are kept
+        k_sums, l_sums, both = (keep * (keep @ one) for one in (k, l, k * l))  # (B, N)
         pairs = both.sum(1) + k_sums.sum(1) * l_sums.sum(1) / ((n - 1) * (n - 2)) - 2 * (k_sums * l_sums).sum(1) / (n - 2)
         return pairs / (n * (n - 3))
 
@@ -76,7 +76,7 @@ def linear_cka(x, y, keep=None):
 
 
 def cka_interval(x, y, blocks=20):
-    """`linear_cka` with a 95 % interval from the block jackknife (rows drawn twice would bias a bootstrap) -> value, low, high, n."""
+    """`linear_cka` and its 95 % block jackknife interval (rows drawn twice would bias a bootstrap) -> value, low, high, n."""
     left_out = 1 - torch.nn.functional.one_hot(torch.arange(len(x)) % blocks).T  # (blocks, N)
     value, *others = linear_cka(x, y, torch.cat([torch.ones(1, len(x)), left_out])).tolist()
     half = 1.96 * np.sqrt((blocks - 1) * np.var(others))
@@ -119,7 +119,7 @@ def efficiency(history, base, metric="long_t2i_r1"):
 # ---- failures
 
 def failures(image, text, rank, n=4, seed=0):
-    """n of the texts whose image is not found first, drawn at random -> table: query (row), rank (1 is best), first, second, third.
+    """n of the texts whose image is not found first, drawn at random -> table: query (row), rank (from 1), first, second, third.
 
     image and text (N, d): row i of each belong together; rank (N,) as `evaluate.ranks` gives it.
     """

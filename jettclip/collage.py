@@ -101,4 +101,5 @@ def make_details(photos, captions, n, seed, size=96):
     pairs = pairs.loc[turn.sort_values(kind="stable").index[:n]].reset_index(drop=True)
     image, other_image = ([_jpeg(_picture(photos, grid, rows, size)) for grid, rows in zip(pairs.grid, pairs[column])]
                           for column in ("used", "others"))
-    return pd.DataFrame({"image": image, "other_image": other_image, **pairs[["long", "other_long", "attribute", "position", "key"]]})
+    return pd.DataFrame({"image": image, "other_image": other_image,
+                         **pairs[["long", "other_long", "attribute", "position", "key"]]})

@@ -10,8 +10,8 @@ from .models import transforms
 TIE = 1e-6  # similarities of unit vectors that differ by less are equal: float32 rounding depends on the place in a matrix
 # The 18 prompts of OpenAI for CIFAR-10 and CIFAR-100 (openai/CLIP, data/prompts.md).
 CIFAR_TEMPLATES = tuple(f"a {kind}photo of {article} {size}{{}}." for article in ("a", "the") for kind, size in (
-    ("", ""), ("blurry ", ""), ("black and white ", ""), ("low contrast ", ""), ("high contrast ", ""), ("bad ", ""), ("good ", ""),
-    ("", "small "), ("", "big ")))
+    ("", ""), ("blurry ", ""), ("black and white ", ""), ("low contrast ", ""), ("high contrast ", ""), ("bad ", ""),
+    ("good ", ""), ("", "small "), ("", "big ")))
 TEMPLATES = {"cifar10": CIFAR_TEMPLATES, "cifar100": CIFAR_TEMPLATES, "imagenet": open_clip.OPENAI_IMAGENET_TEMPLATES}
 
 

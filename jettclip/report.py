@@ -108,7 +108,7 @@ def curves(history, value, ylabel, axis=None, x="step", xlabel="training steps")
 
 
 def dynamics(history, value, ylabel, target=None):
-    """`value` against steps and against seconds, side by side, and a line at what the undistilled student has in the end -> figure."""
+    """`value` against steps and against seconds, side by side, and a line at the undistilled student's end -> figure."""
     figure, (steps, seconds) = plt.subplots(1, 2, sharey=True, figsize=(6.3, 3.6))
     for axis, x, xlabel in ((steps, "step", "training steps"), (seconds, "seconds", "seconds")):
         curves(history, value, ylabel if x == "step" else None, axis, x, xlabel)
@@ -158,7 +158,7 @@ def positions(table):
 
 
 def attributes(table):
-    """Accuracy with interval for each attribute of a detail, a marker per model (columns attribute, model, value, low, high) -> figure."""
+    """Accuracy for each attribute of a detail, a marker per model (columns attribute, model, value, low, high) -> figure."""
     names, models = list(table.attribute.unique()), list(table.groupby("model", sort=False))
     figure, axis = plt.subplots(figsize=(6.3, 0.8 + 0.13 * len(names) * (len(models) + 1)))
     for number, ((name, rows), (colour, _, marker)) in enumerate(zip(models, STYLES)):
@@ -178,7 +178,8 @@ def failures(queries, wanted, found):
 
     queries: captions, cut to what fits; wanted: images (uint8 (3, H, W)); found: lists of three.
     """
-    figure, axes = plt.subplots(len(queries), 5, figsize=(6.3, 1.25 * len(queries) + 0.25), squeeze=False, width_ratios=[2.1, 1, 1, 1, 1])
+    figure, axes = plt.subplots(len(queries), 5, figsize=(6.3, 1.25 * len(queries) + 0.25), squeeze=False,
+                                width_ratios=[2.1, 1, 1, 1, 1])
     for row, (query, right, best) in enumerate(zip(queries, wanted, found)):
         lines = textwrap.wrap(query, 38)
         shown = lines if len(lines) <= 9 else [*lines[:8], lines[8] + " ..."]
