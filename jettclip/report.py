@@ -207,7 +207,7 @@ def speed(table):
         for y, ratio in enumerate(ratios):
             axis.text(ratio, y, f" {ratio:.1f}", va="center", fontsize=7)
         axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_title(f"{tower.replace('both', 'image + text')}{', ' + captions if captions else ''}, batch {batch}", fontsize=8, loc="left")
+        axis.set_title(f"{tower.replace('both', 'image + text')}{', ' + captions if captions else ''}, batch {batch}", fontsize=7, loc="left")
         axis.set_yticks(range(len(forms)), forms, fontsize=7)
         axis.set_xlim(0, 1.18 * ratios.max())
         axis.grid(axis="y", visible=False)

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 CONFIG = "deploy.json"
 BACKENDS = ("onnxruntime", "openvino", "openvino-bf16")
-IMAGES_AT_ONCE, TEXTS_AT_ONCE = 8, 32  # more do not fit a CPU's cache
+IMAGES_AT_ONCE, TEXTS_AT_ONCE = 8, 32  # more take memory and gain nothing
 
 
 def load(folder, backend=None, threads=None):
