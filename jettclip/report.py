@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib as mpl
@@ -100,7 +101,7 @@ def spectrum(variance, k):
 def curves(history, value, ylabel, axis=None, x="step", xlabel="training steps"):
     """One line per model of `history` (columns model, `x`, `value`) -> figure."""
     axis = axis or plt.subplots()[1]
-    for (name, rows), (colour, line, marker) in zip(history.groupby("model", sort=False), STYLES):
+    for (name, rows), (colour, line, marker) in zip(history.groupby("model", sort=False), cycle(STYLES)):
         axis.plot(rows[x], rows[value], color=colour, linestyle=line, marker=marker, markersize=4, label=label(name))
     axis.set(xlabel=xlabel, ylabel=ylabel, xlim=(0, None), ylim=(0, None))
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -109,7 +110,9 @@ def curves(history, value, ylabel, axis=None, x="step", xlabel="training steps")
 
 def dynamics(history, value, ylabel, target=None):
     """`value` against steps and against seconds, side by side, and a line at the undistilled student's end -> figure."""
-    figure, (steps, seconds) = plt.subplots(1, 2, sharey=True, figsize=(6.3, 3.6))
+    names = [label(name) for name in history.model.unique()]
+    columns = max(1, 100 // (8 + max(map(len, names))))
+    figure, (steps, seconds) = plt.subplots(1, 2, sharey=True, figsize=(6.3, 2.9 + 0.18 * -(-len(names) // columns)))
     for axis, x, xlabel in ((steps, "step", "training steps"), (seconds, "seconds", "seconds")):
         curves(history, value, ylabel if x == "step" else None, axis, x, xlabel)
         axis.get_legend().remove()
@@ -117,7 +120,7 @@ def dynamics(history, value, ylabel, target=None):
             axis.axhline(target, color="black", linestyle=":", linewidth=1)
     if target is not None:
         seconds.text(1.01, target, "none,\nin the end", fontsize=7, va="center", transform=seconds.get_yaxis_transform())
-    figure.legend(*steps.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*steps.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
     return figure
 
 
