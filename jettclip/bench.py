@@ -37,17 +37,19 @@ def latency(forms, images, texts, batches=(1, 32), repeats=20):
     """Time both towers of {(model, backend): form} in turns; the first form is what ratios refer to.
 
     A form has encode_image, encode_text and image_size: a model or an exported one. images {image_size: (N, 3, S, S)},
-    decoded beforehand, and texts {captions: tokens (N, L)} hold at least max(batches) rows. At larger batches than 1 a quarter of
-    the repeats. -> table: model, backend, tower, captions, batch, tokens (longest of the batch), p50_ms, p90_ms, ratio_to_teacher.
+    decoded beforehand, and texts {captions: tokens (N, L)} hold at least max(batches) rows. Batches above 1: a quarter of the
+    repeats. -> table: model, backend, tower, captions, batch, tokens (longest of the batch), p50_ms, p90_ms, ratio_to_teacher.
     """
     rows, first = [], next(iter(forms))
     for batch in batches:
         for captions, tokens in {"": None, **texts}.items():
             if tokens is None:
-                calls = {key: lambda form=form, x=images[form.image_size][:batch]: form.encode_image(x) for key, form in forms.items()}
+                calls = {key: lambda form=form, x=images[form.image_size][:batch]: form.encode_image(x)
+                         for key, form in forms.items()}
             else:
                 calls = {key: lambda form=form, t=tokens[:batch]: form.encode_text(t) for key, form in forms.items()}
-            table = benchmark(calls, repeats if batch == 1 else max(2, repeats // 4), warmup=2 if batch == 1 else 1).set_index("name")
+            times = {"repeats": repeats, "warmup": 2} if batch == 1 else {"repeats": max(2, repeats // 4), "warmup": 1}
+            table = benchmark(calls, **times).set_index("name")
             rows += [{"model": key[0], "backend": key[1], "tower": "image" if tokens is None else "text", "captions": captions,
                       "batch": batch, "tokens": 0 if tokens is None else int(tokens[:batch].argmax(dim=1).max()) + 1,
                       "p50_ms": table.p50_ms[key], "p90_ms": table.p90_ms[key],
@@ -58,9 +60,10 @@ def latency(forms, images, texts, batches=(1, 32), repeats=20):
 def both_towers(table, captions):
     """Rows of `latency` for one image and one text of `captions`: the sum of both towers' medians."""
     chosen = table[table.captions.isin(["", captions])]
-    both = chosen.groupby(["model", "backend", "batch"], sort=False, as_index=False).agg(p50_ms=("p50_ms", "sum"), tokens=("tokens", "max"))
-    teacher = both.batch.map(both[(both.model == table.model[0]) & (both.backend == table.backend[0])].set_index("batch").p50_ms)
-    return both.assign(tower="both", captions=captions, ratio_to_teacher=teacher / both.p50_ms)
+    both = chosen.groupby(["model", "backend", "batch"], sort=False).agg(p50_ms=("p50_ms", "sum"), tokens=("tokens", "max"))
+    teacher = both.p50_ms.sort_index()[table.model[0], table.backend[0]]  # of each batch
+    both = both.reset_index()
+    return both.assign(tower="both", captions=captions, ratio_to_teacher=both.batch.map(teacher) / both.p50_ms)
 
 
 @torch.inference_mode()
@@ -89,8 +92,8 @@ def layer_times(models, images, tokens, repeats=20):
     table = pd.DataFrame(times, columns=["tower", "part", "what", "ms"])
     table = table.pivot_table("ms", ["tower", "part"], "what", "median", sort=False).reset_index().rename_axis(columns=None)
     for name in models:
-        table[f"{name} layers"] = [sum(isinstance(layer, LAYERS) for module in parts[name][tower, part] for layer in module.modules())
-                                   for tower, part in zip(table.tower, table.part)]
+        table[f"{name} layers"] = [sum(isinstance(layer, LAYERS) for module in parts[name][key] for layer in module.modules())
+                                   for key in zip(table.tower, table.part)]
     return table
 
 
@@ -167,7 +170,8 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 def alone(folder, backend, image_size):
     """A form in a process of its own -> start_s (to the first embedded photo) and peak_mb (32 photos, 32 texts of 120 tokens)."""
     start = time.time()
-    finished = subprocess.run([sys.executable, "-c", ALONE, str(folder), backend, str(image_size)], capture_output=True, text=True, check=True)
+    finished = subprocess.run([sys.executable, "-c", ALONE, str(folder), backend, str(image_size)],
+                              stdout=subprocess.PIPE, text=True, check=True)
     embedded, peak = finished.stdout.split()
     return {"start_s": float(embedded) - start, "peak_mb": int(peak) / 1024}
 
@@ -176,7 +180,7 @@ def benchmark_latency(names, captions=None, batches=(1, 32), repeats=20, say=lam
     """Each model of `names` (random weights) in every form that is installed, beside Long-CLIP-B as its code runs it.
 
     "MobileCLIP-S0 at 248" is S0 with its own text tower, stretched, which attends to padding. Columns of `latency`; params_m and
-    gmacs (of one input, of `tokens` tokens) of the row's towers; of the whole form file_mb, start_s and peak_mb (`alone`), and the
+    gmacs (one input, `tokens` tokens) of the row's towers; of the whole form file_mb, start_s and peak_mb (`alone`), and the
     largest change of normalised features against folded PyTorch, drift_image and drift_text.
     """
     backends = runtime.installed_backends()
@@ -193,14 +197,15 @@ def benchmark_latency(names, captions=None, batches=(1, 32), repeats=20, say=lam
             checkpoints.save_folder(model, folder / "pytorch")
             plain[name] = reparameterize(model)
             exported = deploy.export(model, folder / "fp32")
-            places = {"pytorch": folder / "pytorch", "pytorch-packed": folder / "pytorch", **{backend: exported for backend in backends},
+            places = {"pytorch": folder / "pytorch", "pytorch-packed": folder / "pytorch", **dict.fromkeys(backends, exported),
                       "onnxruntime-int8": deploy.quantize(exported, folder / "int8")}
             images = torch.rand(4, 3, model.image_size, model.image_size)
             for backend, place in places.items():
                 torch_form = backend.startswith("pytorch")
                 form = open_torch(place, backend) if torch_form else runtime.load(place, backend.removesuffix("-int8"))
                 forms[name, backend] = form
-                drift = (deploy.max_difference if torch_form else deploy.drift)(plain[name], form, images, texts["60 to 180 tokens"])
+                compare = deploy.max_difference if torch_form else deploy.drift
+                drift = compare(plain[name], form, images, texts["60 to 180 tokens"])
                 files = [place / checkpoints.WEIGHTS] * 2 if torch_form else [place / "image.onnx", place / "text.onnx"]
                 facts.append({"model": name, "backend": backend, "drift_image": drift[0], "drift_text": drift[1],
                               "file_mb": sum(file.stat().st_size for file in set(files)) / 1e6,
@@ -293,9 +298,10 @@ def main():
         table = benchmark_latency(args.models, args.captions, repeats=args.repeats, say=lambda line: print(line, flush=True))
         report.save_csv(table, args.output / f"{name}.csv")
         report.style()
-        drawn = table.model.isin([REFERENCE, args.models[0]]) | ((table.model == "MobileCLIP-S0 at 248") & (table.backend == "pytorch"))
-        report.save(report.speed(table[drawn]), args.output / f"{name}.svg")
-        checkpoints.write_json(args.output / f"{name}.json", {**facts, "captions": Path(args.captions).name if args.captions else "scenes"})
+        stretched = (table.model == "MobileCLIP-S0 at 248") & (table.backend == "pytorch")
+        report.save(report.speed(table[stretched | table.model.isin([REFERENCE, args.models[0]])]), args.output / f"{name}.svg")
+        facts["captions"] = Path(args.captions).name if args.captions else "scenes"
+        checkpoints.write_json(args.output / f"{name}.json", facts)
         print(f"wrote {args.output / name}.csv; ratio = time of Long-CLIP-B's reference form / this time")
         tables = [table[["tower", "captions", "batch", "model", "backend", "p50_ms", "p90_ms", "ratio_to_teacher"]]]
     else:
