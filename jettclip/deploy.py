@@ -202,7 +202,8 @@ def export(model, folder):
         warnings.simplefilter("ignore", FutureWarning)  # of PyTorch about itself
         for name, graph, example, dynamic in (("image", ImageGraph(model), images, (0,)),
                                               ("text", TextGraph(model), tokens, (0, 1) if model.text.trims else (0,))):
-            program = torch.export.export(graph.eval(), (example,), dynamic_shapes=({d: torch.export.Dim.DYNAMIC for d in dynamic},))
+            shapes = {axis: torch.export.Dim.DYNAMIC for axis in dynamic}
+            program = torch.export.export(graph.eval(), (example,), dynamic_shapes=(shapes,))
             torch.onnx.export(program, f=temporary / f"{name}.onnx", input_names=[name], output_names=["features"],
                               opset_version=OPSET, external_data=False, verbose=False)
         pairs = tokenizers.Tokenizer(tokenizers.models.BPE(bpe.encoder, list(bpe.bpe_ranks), end_of_word_suffix="</w>"))

@@ -197,20 +197,22 @@ def failures(queries, wanted, found):
 
 
 def speed(table):
-    """Ratios to the teacher's latency (rows of bench.latency): a panel per tower, captions and batch, a bar per form -> figure."""
+    """Ratios to a teacher's latency (rows of `latency`): a panel per tower, captions and batch, a bar per form -> figure."""
     table = table.assign(form=table.model + ", " + table.backend)
     groups, forms = list(table.groupby(["tower", "captions", "batch"], sort=False)), list(table.form.unique())[::-1]
-    figure, axes = plt.subplots(-(-len(groups) // 2), 2, figsize=(6.3, -(-len(groups) // 2) * (0.6 + 0.17 * len(forms))),
-                                sharey=True, squeeze=False)
+    height = -(-len(groups) // 2)
+    figure, axes = plt.subplots(height, 2, figsize=(6.3, height * (0.6 + 0.17 * len(forms))), sharey=True, squeeze=False)
     for axis in axes.flat[len(groups):]:
         axis.axis("off")
     for axis, ((tower, captions, batch), rows) in zip(axes.flat, groups):
         ratios = rows.set_index("form").ratio_to_teacher.reindex(forms)
-        axis.barh(range(len(forms)), ratios, color=["#8fbcd9" if ratio >= 1 else "#e0a080" for ratio in ratios], edgecolor="black", linewidth=0.6)
+        colours = ["#8fbcd9" if ratio >= 1 else "#e0a080" for ratio in ratios]
+        axis.barh(range(len(forms)), ratios, color=colours, edgecolor="black", linewidth=0.6)
         for y, ratio in enumerate(ratios):
             axis.text(ratio, y, f" {ratio:.1f}", va="center", fontsize=7)
         axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_title(f"{tower.replace('both', 'image + text')}{', ' + captions if captions else ''}, batch {batch}", fontsize=7, loc="left")
+        what = [tower.replace("both", "image + text"), captions, f"batch {batch}"]
+        axis.set_title(", ".join(filter(None, what)), fontsize=7, loc="left")
         axis.set_yticks(range(len(forms)), forms, fontsize=7)
         axis.set_xlim(0, 1.18 * ratios.max())
         axis.grid(axis="y", visible=False)
@@ -238,8 +240,8 @@ def tradeoff(table, xlabel, ylabel):
     """Accuracy against latency: table.value with its interval against table.p50_ms, a point per table.model -> figure."""
     figure, axis = plt.subplots()
     for row, (colour, _, marker) in zip(table.itertuples(), STYLES):
-        axis.errorbar(row.p50_ms, row.value, yerr=[[row.value - row.low], [row.high - row.value]], color=colour, marker=marker,
-                      markersize=5, capsize=2, linestyle="none", label=row.model)
+        axis.errorbar(row.p50_ms, row.value, yerr=[[row.value - row.low], [row.high - row.value]], color=colour,
+                      marker=marker, markersize=5, capsize=2, linestyle="none", label=row.model)
     axis.set(xlabel=xlabel, ylabel=ylabel, xlim=(0, None), ylim=(0, None))
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure

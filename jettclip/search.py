@@ -154,7 +154,7 @@ def open_model(source, name=None, backend=None):
     path = path / "student" if (path / "student").is_dir() else path
     weights = path / "open_clip_model.safetensors" if path.is_dir() else path
     if not weights.exists():
-        raise FileNotFoundError(f"{path} has no {runtime.CONFIG} and no {weights.name}: it is neither an export nor a model folder")
+        raise FileNotFoundError(f"{path} has no {runtime.CONFIG} and no {weights.name}: it is no export and no model folder")
     stat, cache = weights.stat(), Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     key = hashlib.sha256(repr((str(weights.resolve()), stat.st_size, stat.st_mtime_ns, name)).encode()).hexdigest()[:16]
     exported = cache / "jettclip" / key

@@ -72,12 +72,14 @@ def test_int8_is_near_and_for_onnxruntime_alone(exported, tmp_path):
 
 @settings(deadline=None, max_examples=300)
 @given(st.lists(st.one_of(st.text(max_size=30), st.sampled_from(
-    ["<start_of_text>", "<END_OF_TEXT>", "!<end_of_text>", "&amp;lt;", "&#8217;", "'LL", "schÃ¶n", "½", "ſ", " ", "\n", "\x1b[31m"]))))
+    ["<start_of_text>", "<END_OF_TEXT>", "!<end_of_text>", "&amp;lt;", "&#8217;", "'LL", "schÃ¶n", "½", "ſ", " ", "\n",
+     "\x1b[31m"]))))
 def test_tokens_are_open_clips(tokenize, parts):
     np.testing.assert_array_equal(tokenize("".join(parts)), OPEN_CLIP(["".join(parts)]))
 
 
-@pytest.mark.parametrize("mode, size", [("RGB", (90, 60)), ("L", (33, 200)), ("RGBA", (32, 32)), ("P", (7, 5)), ("RGB", (640, 481))])
+@pytest.mark.parametrize("mode, size", [("RGB", (90, 60)), ("L", (33, 200)), ("RGBA", (32, 32)), ("P", (7, 5)),
+                                        ("RGB", (640, 481))])
 @pytest.mark.parametrize("name", ["JettCLIP-T", "LongCLIP-B"])
 def test_pixels_are_the_models(mode, size, name):
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)

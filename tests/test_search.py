@@ -39,7 +39,8 @@ def folder(tmp_path):
 
 
 def index(folder, exported, sentences=None, **options):
-    return search.PhotoIndex(folder, runtime.load(exported[1]), report=(sentences if sentences is not None else []).append, **options)
+    report = (sentences if sentences is not None else []).append
+    return search.PhotoIndex(folder, runtime.load(exported[1]), report=report, **options)
 
 
 def counts(one):
@@ -143,7 +144,8 @@ def test_command_line(folder, exported, tmp_path, capsys, monkeypatch):
     assert len(lines) == 4 and Path(lines[2].split("  ")[1]).exists()
     html = Path("found.html").read_text()
     assert html.count("data:image/jpeg;base64,/9j/") == 2 and "&lt;i&gt;a star" in html and lines[2].split("  ")[1] in html
-    for arguments, message in ((["nowhere", "x"], "nowhere has no index yet"), (["nowhere", "--model", str(exported[1])], "is no folder"),
+    for arguments, message in ((["nowhere", "x"], "nowhere has no index yet"),
+                               (["nowhere", "--model", str(exported[1])], "is no folder"),
                                (["photos", "--model", "photos"], "has no deploy.json and no open_clip_model.safetensors"),
                                (["photos", "--model", "found.html"], "say with --name which model it holds")):
         with pytest.raises(SystemExit, match=message):
