@@ -18,8 +18,8 @@ import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = Path("/etc/slurm/slurm.conf")
-TWO = "fd-both-processes2-steps60-s0"
-VARIANT = "  - {method: fd, pairs: both, processes: 2, steps: 60, seed: 0}\n"
+TWO = "fd-both-processes2-steps16-s0"
+VARIANT = "  - {method: fd, pairs: both, processes: 2, steps: 16, seed: 0}\n"
 TIMES = {"seconds", "p50_ms", "p90_ms", "ratio_to_teacher"}  # columns that no two runs share
 SETTINGS = """\
 ClusterName=jettclip
