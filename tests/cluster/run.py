@@ -169,14 +169,14 @@ def compare(local, cluster):
 
 
 def main():
-    with tempfile.TemporaryDirectory(prefix="jettclip-cluster-") as name:
-        folder = Path(name)
-        local, cluster = clone(folder / "local"), clone(folder / "cluster")
-        with slurm(folder):
-            by_slurm(cluster)
-        print("now the same without Slurm", flush=True)
-        finish(snakemake(local, "--cores", "1", "--quiet", "all"), local)
-        compare(local / "runs/smoke", cluster / "runs/smoke")
+    folder = Path(tempfile.mkdtemp(prefix="jettclip-cluster-"))  # stays after a failure, for a look
+    local, cluster = clone(folder / "local"), clone(folder / "cluster")
+    with slurm(folder):
+        by_slurm(cluster)
+    print("now the same without Slurm", flush=True)
+    finish(snakemake(local, "--cores", "1", "--quiet", "all"), local)
+    compare(local / "runs/smoke", cluster / "runs/smoke")
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
