@@ -49,7 +49,8 @@ signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 os.environ.setdefault("JETTCLIP_STARTED", str(time.time()))
 # Each notebook uses all cores, so one runs at a time; with `--config threads=1`, as many students as there are cores are
 # trained side by side. Snakemake sets OMP_NUM_THREADS of a job to this number; at its default torch would use a single core.
-THREADS = workflow.cores or 1
+# In a Slurm job Snakemake calls all cores of the node its own, so there Slurm's number counts.
+THREADS = int(os.environ.get("SLURM_CPUS_PER_TASK", workflow.cores or 1))
 TRAIN_THREADS = min(THREADS, int(config.get("threads", THREADS)))
 
 
