@@ -78,8 +78,10 @@ report: setup
 sweep: $(VENV)/.cluster
 	@$(MAKE) --no-print-directory report SLURM=1 KEEP_GOING=1
 
+# --no-deps: the plugin asks for pandas 2, and its part that needs it (a report on finished jobs) is not used here.
 $(VENV)/.cluster: $(VENV)/.done
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-build-isolation -e '.[cluster]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps \
+		snakemake-executor-plugin-slurm==2.6.1 snakemake-executor-plugin-slurm-jobstep==0.6.1
 	@touch $@
 
 lab: setup
