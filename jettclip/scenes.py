@@ -157,7 +157,9 @@ def _mark_mask(shape: str, pattern: str, width: int, cell: float) -> Image.Image
     else:  # dotted
         marks = np.hypot(x - np.round(x), y - np.round(y)) < 0.29
     # The marks leave a rim of the object's colour, which keeps its outline.
-    inner = _shape_mask(shape, width).filter(ImageFilter.MinFilter(2 * (width // 30) + 1))
+    inner, rim = _shape_mask(shape, width), width // 30
+    if rim:  # a filter of size 1 does nothing, and crashes Pillow 12.3
+        inner = inner.filter(ImageFilter.MinFilter(2 * rim + 1))
     return ImageChops.multiply(inner, Image.fromarray(np.uint8(marks) * 255))
 
 
