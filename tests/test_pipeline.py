@@ -382,12 +382,12 @@ def test_a_failed_student_is_a_hole(root):
     assert (root / "runs/tiny/fd-both-s0/02_train.failed.ipynb").exists() and "no fd today" in output
 
     code, steps, output = executed(root, config=["holes=1"])
-    assert code == 0 and sorted(steps) == ["03_reparameterize", "04_evaluate", "05_report"]
-    assert "without ['fd-both-s0']" in output and "[ 4/7] 05_report done" in output  # not 6: a hole leaves what follows unfinished
+    assert code == 0 and sorted(steps) == ["03_reparameterize", "04_evaluate", "05_report", "06_search"]
+    assert "without ['fd-both-s0']" in output and "/8] 05_report done" in output and "[ 8/8]" not in output  # what follows a hole is unfinished
 
     write_notebook(root, "02_train", "pass")
     code, steps, output = executed(root, "--keep-going")
-    assert code == 0 and len(steps) == 5 and "without []" in output and "[ 7/7] 05_report done" in output
+    assert code == 0 and len(steps) == 6 and "without []" in output and "[ 8/8]" in output
 
     for name in ("fd-both-s0", "crd-both-s0"):
         (root / f"runs/tiny/{name}/done.json").unlink()
