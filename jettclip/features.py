@@ -7,7 +7,6 @@ A cache folder holds `image.npy` (N, K, d), `long.npy` and `short.npy` (N, d), a
 which pixels the teacher saw, and `manifest.json` with what it was made of and each file's SHA-256. The features are
 normalised. Primary components are *not* cached: they belong to the student's batch (`losses.primary_components`).
 """
-import argparse
 import hashlib
 import json
 import os
@@ -21,7 +20,8 @@ import torch.distributed as dist
 
 from .checkpoints import file_hash, load_folder, write_json, write_then_rename
 from .data import dataset_for, draw_crops, in_order, loader
-from .parallel import in_processes, is_first, torchrun, wait_for_all
+from . import parallel
+from .parallel import is_first, wait_for_all
 
 
 def fingerprint(table):
@@ -193,16 +193,11 @@ def run(job, report=print):
 
 def start(job, processes=1):
     """Build the cache of file `job` here, or in `processes` processes of torchrun."""
-    if processes == 1:
-        return run(json.loads(Path(job).read_text()))
-    torchrun("jettclip.features", str(job), processes)
+    return parallel.start("jettclip.features", run, job, processes)
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m jettclip.features", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", help="a job.json, as notebook 01 writes it")
-    in_processes(run, json.loads(Path(parser.parse_args().job).read_text()))
+    parallel.command_line("jettclip.features", __doc__, "01", run)
 
 
 if __name__ == "__main__":

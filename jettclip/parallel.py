@@ -3,14 +3,17 @@
 The mean over the processes of their losses is the loss of one process over the whole batch, and so are the gradients.
 Here too: how torchrun starts them, alone or on the nodes of a Slurm job, and how they are told to stop.
 """
+import argparse
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 from collections import deque
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -162,3 +165,17 @@ def torchrun(module, argument, processes):
         raise Stopped(stopped[0])
     if workers.returncode:
         raise RuntimeError(f"torchrun ended with {workers.returncode}:\n{''.join(tail)}")
+
+
+def start(module, run, job, processes=1):
+    """run(the job of file `job`) here -> its result, or `module` in `processes` processes of torchrun."""
+    if processes == 1:
+        return run(json.loads(Path(job).read_text()))
+    torchrun(module, str(job), processes)
+
+
+def command_line(module, description, notebook, run):
+    """The command line of a `module` that runs one job file, alone or as a process of torchrun."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", help=f"a job.json, as notebook {notebook} writes it")
+    in_processes(run, json.loads(Path(parser.parse_args().job).read_text()))

@@ -10,9 +10,7 @@ Several processes share each batch and compute the loss of the whole of it (see 
 batch that does not fit the memory (Gao et al., GradCache, 2021): features of all chunks first, then the loss and its
 gradient by the features, then each chunk again with that gradient. Batch norm alone sees its own chunk or process.
 """
-import argparse
 import contextlib
-import json
 import math
 import os
 import signal
@@ -27,12 +25,13 @@ import torch.distributed as dist
 from torch import nn
 
 from . import features as caches
+from . import parallel
 from .checkpoints import fill, load_checkpoint, save_checkpoint, save_folder, write_json, write_then_rename
 from .data import PairDataset, epoch_batches, loader
 from .evaluate import embed, ranks
 from .losses import Heads, parse_method, total_loss
 from .models import create_model, model_config, nearest
-from .parallel import Stopped, average_gradients, in_processes, is_first, stop_signal, stoppable, this_part, torchrun
+from .parallel import Stopped, average_gradients, is_first, stop_signal, stoppable, this_part
 
 MASKED, MASK_GRID = 0.75, 8  # mfd hides this share of 8 x 8 patches (CLIP-KD)
 
@@ -316,17 +315,11 @@ def run(job, report=print):
 
 def start(job, processes=1):
     """Train the job of file `job` here, or in `processes` processes of torchrun, whose lines are printed as they come."""
-    if processes == 1:
-        return run(json.loads(Path(job).read_text()))
-    torchrun("jettclip.train", str(job), processes)
+    return parallel.start("jettclip.train", run, job, processes)
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m jettclip.train", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", help="a job.json, as notebook 02 writes it")
-    job = json.loads(Path(parser.parse_args().job).read_text())
-    in_processes(run, job)
+    parallel.command_line("jettclip.train", __doc__, "02", run)
 
 
 if __name__ == "__main__":
