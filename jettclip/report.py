@@ -278,8 +278,6 @@ def pdf(profile):
                                 "run `make report PROFILE=...` for it first")
     files = [f"/{path.relative_to(ROOT)}" for folder in folders.values() for path in sorted((ROOT / folder).iterdir())]
     inputs = {**{name: f"/{folder}" for name, folder in folders.items()}, "files": json.dumps(files)}
-    if (ROOT / folders["scenes"] / "drift.csv").exists():
-        inputs["drift"] = f"/{folders['scenes']}"
     if machine := measured_machine():
         inputs["latency"] = f"/results/latency/{machine}"
     output = ROOT / report_pdf(profile)
