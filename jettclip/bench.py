@@ -19,7 +19,7 @@ import open_clip
 import pandas as pd
 import torch
 
-from . import checkpoints, deploy, report, runtime
+from . import checkpoints, deploy, figures, report, runtime
 from .deploy import benchmark, gmacs, pack, parameters_m
 from .models import create_model, reparameterize
 from .scenes import make_pairs
@@ -236,9 +236,9 @@ def main():
     print(f"{facts['cpu']}, {facts['threads']} threads, allocator: {facts['allocator']}")
     table = benchmark_latency(args.models, args.captions, repeats=args.repeats, say=lambda line: print(line, flush=True))
     report.save_csv(table, args.output / f"{name}.csv")
-    report.style()
+    figures.style()
     drawn = table.model.isin([REFERENCE, args.models[0]]) | ((table.model == "MobileCLIP-S0 at 248") & (table.backend == "pytorch"))
-    report.save(report.speed(table[drawn]), args.output / f"{name}.svg")
+    figures.save(figures.speed(table[drawn]), args.output / f"{name}.svg")
     checkpoints.write_json(args.output / f"{name}.json", {**facts, "captions": Path(args.captions).name if args.captions else "scenes"})
     print(f"wrote {args.output / name}.csv; ratio = time of Long-CLIP-B's reference form / this time")
     print(table[["tower", "captions", "batch", "model", "backend", "p50_ms", "p90_ms", "ratio_to_teacher"]].to_string(
