@@ -101,9 +101,10 @@ class TextTower(nn.Module):
             tokens = F.pad(tokens, (0, self.context_length - tokens.shape[1]))
         # The whole batch in one look-up: the gradient of each is as large as the vocabulary.
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]  # (B, L) -> (B, L, d)
-        if self.trims:
-            return in_length_groups(self.encode, x, end)
-        return self.encode(x, end)
+        return self.encode_batch(x, end)
+
+    def encode_batch(self, x, end):
+        return in_length_groups(self.encode, x, end) if self.trims else self.encode(x, end)
 
 
 def in_length_groups(encode, x, end, rows=32):
@@ -115,6 +116,12 @@ def in_length_groups(encode, x, end, rows=32):
     rows = rows if x.device.type == "cpu" else len(x)
     order = end.argsort()
     return torch.cat([encode(x[part, :int(end[part[-1]]) + 1], end[part]) for part in order.split(rows)])[order.argsort()]
+
+
+def pack(x, end, gap):
+    """Captions (B, L, d) without their padding, one after another with `gap` places between them -> (1, T, d)."""
+    used = torch.arange(x.shape[1] + gap, device=x.device) <= (end + gap).unsqueeze(1)
+    return F.pad(x, (0, 0, 0, gap))[used].unsqueeze(0)
 
 
 def real_tokens(x, end):
@@ -170,8 +177,7 @@ class TransformerText(TextTower, TextTransformer):
 class TokenBatchNorm(nn.BatchNorm1d):
     """Batch norm of (B, L, d) over its real tokens: padding has no part in the statistics, and comes out as anything.
 
-    In training these are the statistics of one length group (see `in_length_groups`). Masked sums, not selected rows:
-    gathering and scattering the real tokens takes twice as long.
+    Masked sums, not selected rows: gathering and scattering the real tokens takes twice as long.
     """
 
     def forward(self, x, mask=None):
@@ -295,12 +301,39 @@ class HybridText(TextTower):
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=width ** -0.5)
 
+    def encode_batch(self, x, end):
+        """In training the batch norms take the statistics of all tokens of the batch, as there is one set of them later.
+
+        In length groups each would have its own: recall in training, and next to none in evaluation. So both RepMixer blocks
+        see the captions packed into one sequence, whose gaps a kernel cannot reach over; attention goes by length groups.
+        """
+        if not (self.training and self.trims):
+            return super().encode_batch(x, end)
+        gap, order = self.first.conv.half, end.argsort()
+        end = end[order]
+        real = pack(real_tokens(x, end).unsqueeze(2), end, gap).squeeze(2)  # (1, T)
+        start = (end + 1 + gap).cumsum(0) - (end + 1 + gap)  # (B,) where each caption begins
+        packed = self.first(pack(x[order], end, gap), real)  # (B, L, d) -> (1, T, d)
+
+        def attention(at, end):
+            x, mask = packed[0, at], real_tokens(at, end)  # (1, T, d) -> (b, l, d)
+            for layer in self.layers:
+                x = attend(layer, x, mask)
+            return pack(x, end, gap)
+        rows = 32 if x.device.type == "cpu" else len(x)
+        groups = [(start[part], end[part]) for part in torch.arange(len(x), device=x.device).split(rows)]
+        packed = torch.cat([attention(
+            (first.unsqueeze(1) + torch.arange(int(last[-1]) + 1, device=x.device)).clamp(max=packed.shape[1] - 1), last)
+            for first, last in groups], dim=1)
+        x = self.last(packed, real)[0, start + end]  # (1, T, d) -> (B, d)
+        return (self.ln_final(x) @ self.text_projection)[order.argsort()]
+
     def encode(self, x, end):
         mask = real_tokens(x, end) if self.trims else None
         x = self.first(x, mask)
         for layer in self.layers[:-1]:
             x = attend(layer, x, mask)
-        if self.training:  # the last block's batch norms want the statistics of all tokens
+        if self.training:
             x = take(self.last(attend(self.layers[-1], x, mask), mask), end.unsqueeze(1))
         else:  # only the window that the last block's convolutions can carry to the end token
             reach = self.last.reach

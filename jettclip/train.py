@@ -104,7 +104,8 @@ def encode(model, inputs, bf16=False):
     """(images, long, short, masked images or None) -> their features, float (B, d) each (None where there is no input)."""
     images, long, short, masked = inputs
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        features = model.encode_image(images), model.encode_text(long), model.encode_text(short)
+        # Both captions at once: batch norm has one set of statistics for them in evaluation, too.
+        features = model.encode_image(images), *model.encode_text(torch.cat([long, short])).split(len(long))
         return [f.float() for f in features] + [None if masked is None else model.encode_image(masked).float()]
 
 
