@@ -176,6 +176,21 @@ def test_window_around_the_end_token_is_exact(mask_padding, fold):
     assert largest(fast - encode(tower, tokens)) < 1e-6
 
 
+def test_packed_training_is_that_of_the_padded_batch():
+    """The packed captions against `encode` on the whole padded batch: features, gradients, batch norm statistics."""
+    packed, padded = hybrid().train(), hybrid().train()
+    tokens = captions([3, 248, 4, 77, *np.random.default_rng(1).integers(3, 120, 40)])
+    x, end = packed.token_embedding(tokens) + packed.positional_embedding, tokens.argmax(dim=1)
+    results = []
+    for tower, features in ((packed, packed(tokens)), (padded, padded.encode(x.detach(), end))):
+        (features * torch.arange(8.0)).square().sum().backward()
+        results.append([features, *(p.grad for name, p in tower.named_parameters() if not name.endswith(("embedding.weight", "embedding"))),
+                        *(b.float() for b in tower.buffers())])
+    assert packed.first.norm.num_batches_tracked == 1
+    for one, other in zip(*results):
+        assert largest(one - other) < 1e-4 * max(1, other.abs().max())
+
+
 def test_stretched_tower_uses_the_full_context():
     """It attends to padding: a caption without any is read as by the masked tower, a padded one is not."""
     masked, stretched = hybrid(), hybrid(mask_padding=False)
