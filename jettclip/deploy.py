@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import tokenizers
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -32,7 +31,7 @@ from . import runtime
 from .files import write_json
 from .models import reparameterize
 from .runtime import load  # noqa: F401
-from .text import CONTEXT, tokenizer
+from .text import CONTEXT, byte_pairs
 
 OPSET = 20
 TOLERANCE = 1e-5  # of normalised features, between PyTorch and the exported fp32 graphs
@@ -196,7 +195,7 @@ def export(model, folder):
     nothing is written.
     """
     model = reparameterize(model).cpu()
-    bpe = tokenizer(model.context_length)
+    bpe, pattern = byte_pairs()
     images, tokens = torch.rand(3, 3, model.image_size, model.image_size), example_tokens(model)
     with new_export(folder) as temporary, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of PyTorch about itself
@@ -206,14 +205,11 @@ def export(model, folder):
             program = torch.export.export(graph.eval(), (example,), dynamic_shapes=(shapes,))
             torch.onnx.export(program, f=temporary / f"{name}.onnx", input_names=[name], output_names=["features"],
                               opset_version=OPSET, external_data=False, verbose=False)
-        pairs = tokenizers.Tokenizer(tokenizers.models.BPE(bpe.encoder, list(bpe.bpe_ranks), end_of_word_suffix="</w>"))
-        pairs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        pairs.add_special_tokens(["<start_of_text>", "<end_of_text>"])
-        pairs.save(str(temporary / "tokenizer.json"))
+        bpe.save(str(temporary / "tokenizer.json"))
         _describe(temporary, {
             "model": model.name, "text_tower": model.config["text_tower"], "precision": "fp32", "opset": OPSET,
             "image_size": model.image_size, "embed_dim": model.config["embed_dim"], "preprocess": model.config["preprocess"],
-            "context_length": model.context_length, "trims": model.text.trims, "token_pattern": bpe.pat.pattern})
+            "context_length": model.context_length, "trims": model.text.trims, "token_pattern": pattern})
         difference = max(drift(model, load(temporary), images, tokens))
         if not difference <= TOLERANCE:  # NaN too
             raise RuntimeError(f"the exported {model.name} differs from PyTorch's by {difference:.1e}, more than {TOLERANCE}: "

@@ -51,7 +51,8 @@ class ExportedModel:
         if self.config["precision"] == "int8" and backend != "onnxruntime":
             raise ValueError(f"{folder} is int8 for onnxruntime; {backend} runs an fp32 export")
         self.image_size, self.context_length = self.config["image_size"], self.config["context_length"]
-        self.tokenizer = Tokenizer(folder / "tokenizer.json", self.config["token_pattern"], self.context_length)
+        bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer = Tokenizer(bpe, self.config["token_pattern"], self.context_length)
         self.transform = functools.partial(transform, image_size=self.image_size, **self.config["preprocess"])
 
     @functools.cached_property
@@ -109,31 +110,48 @@ def open_graph(path, backend, threads):
 
 
 class Tokenizer:
-    """CLIP's byte-pair tokenizer, the same ids as open_clip's: `tokenizer(texts) -> int64 (B, context_length)`, 0-padded;
-    truncates, keeps the end token. Words are split off by `pattern`; `file` holds the byte pairs."""
+    """CLIP's byte-pair tokenizer with open_clip's ids, several times as fast: it remembers words, as no token spans a space.
 
-    def __init__(self, file, pattern, context_length):
-        self.bpe = tokenizers.Tokenizer.from_file(str(file))
-        self.pattern, self.context_length = regex.compile(pattern, regex.IGNORECASE), context_length
-        self.start, self.end = map(self.bpe.token_to_id, ("<start_of_text>", "<end_of_text>"))
+    bpe: a `tokenizers.Tokenizer` of the byte pairs; pattern: splits a word into what they are applied to.
+    """
 
-    def __call__(self, texts):
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        words = [self.pattern.findall(clean(text)) for text in texts]
-        tokens = np.zeros((len(texts), self.context_length), dtype=np.int64)
-        for row, encoding in zip(tokens, self.bpe.encode_batch(words, is_pretokenized=True, add_special_tokens=False)):
-            ids = [self.start, *encoding.ids[:self.context_length - 2], self.end]
-            row[:len(ids)] = ids
+    PLAIN = regex.compile(r"[\n\r\t -%'-~]*")  # ASCII without control characters and "&": nothing for ftfy and html to do
+    MEMORY, LONGEST = 1 << 17, 40  # words remembered, and the letters of the longest of them
+
+    def __init__(self, bpe, pattern, context_length):
+        self.bpe, self.pattern, self.context_length = bpe, regex.compile(pattern, regex.IGNORECASE), context_length
+        self.start, self.end = map(bpe.token_to_id, ("<start_of_text>", "<end_of_text>"))
+        self.words = {}
+
+    def encode(self, text):
+        """Text -> list of ids, without start and end token."""
+        if not self.PLAIN.fullmatch(text):
+            import ftfy
+
+            text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        ids, words = [], self.words
+        for word in text.lower().split():
+            if (of_word := words.get(word)) is None:
+                of_word = self._encode_word(word)
+            ids += of_word
+        return ids
+
+    def _encode_word(self, word):
+        ids = self.bpe.encode(self.pattern.findall(word), is_pretokenized=True, add_special_tokens=False).ids
+        if len(word) <= self.LONGEST:
+            if len(self.words) >= self.MEMORY:
+                self.words.clear()
+            self.words[word] = ids
+        return ids
+
+    def __call__(self, texts, context_length=None):
+        """A text or several -> int64 (B, context_length), 0-padded; truncates, keeps the end token."""
+        texts, length = [texts] if isinstance(texts, str) else texts, context_length or self.context_length
+        tokens = np.zeros((len(texts), length), dtype=np.int64)
+        for row, text in zip(tokens, texts):
+            ids = self.encode(text)[:length - 2]
+            row[0], row[1:len(ids) + 1], row[len(ids) + 1] = self.start, ids, self.end
         return tokens
-
-
-def clean(text):
-    """What CLIP does to a text before splitting it: mend broken Unicode, unescape HTML twice, single spaces, lower case."""
-    if not (text.isascii() and text.isprintable() and "&" not in text):  # ftfy leaves such text as it is
-        import ftfy
-
-        text = ftfy.fix_text(text)
-    return " ".join(html.unescape(html.unescape(text)).split()).lower()
 
 
 def read_photo(path, at_least=None):

@@ -5,54 +5,38 @@ layers, a second RepMixer block. `TransformerText` is open_clip's transformer: c
 MobileCLIP-B, bidirectional in MobileCLIP-S1 and S2. Both read the feature at the end token, which has the highest id
 of all, and skip whatever cannot reach it: padding where it is masked, and most of the last layers.
 """
-import re
+from functools import cache
 
-import numpy as np
+import tokenizers
 import torch
 import torch.nn.functional as F
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from torch import nn
 
+from . import runtime
+
 CONTEXT = 248  # tokens that Long-CLIP reads, start and end token included
 
 
-class Tokenizer(SimpleTokenizer):
-    """open_clip's tokenizer with the same ids, several times as fast: it remembers words, and plain ASCII needs no repair."""
+@cache
+def byte_pairs():
+    """CLIP's byte pairs, from open_clip's vocabulary -> `tokenizers.Tokenizer`, pattern that splits words."""
+    known = SimpleTokenizer()
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(known.encoder, list(known.bpe_ranks), end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.add_special_tokens(["<start_of_text>", "<end_of_text>"])
+    return bpe, known.pat.pattern
 
-    PLAIN = re.compile(r"[\n\r\t -%'-~]*")  # ASCII without control characters and "&": nothing for ftfy and html to do
-    MEMORY, LONGEST = 1 << 17, 40  # words remembered, and the letters of the longest of them
+
+class Tokenizer(runtime.Tokenizer):
+    """`runtime.Tokenizer` for PyTorch."""
 
     def __init__(self, context_length=CONTEXT):
-        super().__init__(context_length=context_length)
-        self.words = {}
-
-    def encode(self, text):
-        """Text -> list of ids, without start and end token. No token spans a space, so each word stands for itself."""
-        ids, words = [], self.words
-        cleaned = text.lower() if self.PLAIN.fullmatch(text) else self.clean_fn(text)
-        for word in cleaned.split():
-            if (of_word := words.get(word)) is None:
-                of_word = self._encode_word(word)
-            ids += of_word
-        return ids
-
-    def _encode_word(self, word):
-        tokens = ("".join(self.byte_encoder[b] for b in token.encode("utf-8")) for token in self.pat.findall(word))
-        ids = [self.encoder[part] for token in tokens for part in self.bpe(token).split(" ")]
-        if len(word) <= self.LONGEST:
-            if len(self.words) >= self.MEMORY:
-                self.words.clear()
-            self.words[word] = ids
-        return ids
+        super().__init__(*byte_pairs(), context_length)
 
     def __call__(self, texts, context_length=None):
-        texts, length = [texts] if isinstance(texts, str) else texts, context_length or self.context_length
-        tokens = np.zeros((len(texts), length), dtype=np.int64)
-        for row, text in zip(tokens, texts):
-            ids = self.encode(text)[:length - 2]
-            row[0], row[1:len(ids) + 1], row[len(ids) + 1] = self.sot_token_id, ids, self.eot_token_id
-        return torch.from_numpy(tokens)
+        return torch.from_numpy(super().__call__(texts, context_length))
 
 
 def tokenizer(context_length=CONTEXT):
