@@ -40,11 +40,13 @@ class FeatureCache:
         self.folder = Path(folder)
         self.manifest = json.loads((self.folder / "manifest.json").read_text())
         self.image, self.long, self.short, self.crops = (self._file(name) for name in ("image", "long", "short", "crops"))
+        # Seen by PyTorch, which gathers rows with all threads. (N, K, d) -> (N K, d)
+        self._rows = [torch.from_numpy(file.reshape(-1, file.shape[-1])) for file in (self.image, self.long, self.short)]
 
     def _file(self, name):
         path = self.folder / f"{name}.npy"
         try:
-            return np.load(path, mmap_mode="r")
+            return np.load(path, mmap_mode="c")  # what is written stays in memory; PyTorch warns of read-only files
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} of a finished feature cache is missing or cut short ({error}): delete the folder to build it anew") from None
 
@@ -139,10 +141,10 @@ class FeatureCache:
 
     def rows(self, index, k):
         """Features of rows `index` (B,) seen through crops `k` (B,): float (B, d) image, long, short, of length 1 but for rounding."""
-        index, k = np.asarray(index), np.asarray(k)
-        by_crop = self.image.reshape(-1, self.image.shape[2])  # (N, K, d) -> (N K, d)
-        return tuple(torch.from_numpy(np.take(file, at, axis=0)).float() for file, at in (
-            (by_crop, index * self.image.shape[1] + k), (self.long, index), (self.short, index)))
+        index, k = torch.as_tensor(index), torch.as_tensor(k)
+        image, long, short = self._rows
+        return tuple(file.index_select(0, at).float() for file, at in (
+            (image, index * self.image.shape[1] + k), (long, index), (short, index)))
 
 
 def file_sum(path):
