@@ -34,7 +34,7 @@ help:
 	@echo "make bench-losses             time the losses, and a training step with and without distillation"
 	@echo "make bench-data               time decoding, tokenizing and the feature cache [CAPTIONS=file.parquet]"
 	@echo "make data SOURCE=coco         fetch a published data set into DATA=data/coco"
-	@echo "make bench-train              time training without distillation, from cached features and an online teacher [TRAIN=--model ...]"
+	@echo "make bench-train              time training steps without distillation, from cached features, with an online teacher [TRAIN=--model ...]"
 	@echo "make setup                    create or update $(VENV); the targets above do so themselves"
 	@echo "make clean [PROFILE=scenes]   delete runs/PROFILE (models, caches); results/ stays"
 	@echo "Profiles: $(basename $(notdir $(wildcard notebooks/profiles/*.yaml)))"

@@ -17,10 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .bench_data import synthetic_cache
+from .checkpoints import write_json
 from .data import PairDataset, epoch_batches, loader
 from .deploy import benchmark
 from .losses import METHODS, Heads, primary_components, total_loss
 from .models import create_model
+from .report import ROOT, provenance, save_csv
 from .scenes import make_pairs
 from .train import Config, backward, optimizer_of
 
@@ -58,26 +60,29 @@ def benchmark_losses(batches=(128, 512, 2048), width=512, repeats=10):
     return pd.DataFrame(rows)
 
 
-def benchmark_train(name="JettCLIP-T", teacher="LongCLIP-T", batch=64, pairs=512, method="crd+fd", repeats=10):
-    """Whole steps of training `name` on scenes at its image size, loader and optimizer included: without distillation, from
-    cached features, and from the teacher run in each step. They take turns.
+def benchmark_train(name="JettCLIP-T", teacher="LongCLIP-T", batch=64, pairs=512, methods=("crd+fd",), repeats=10):
+    """Whole steps of training `name` on scenes at its image size, loader and optimizer included: without distillation, with each
+    of `methods` from cached features, and with the last of them from a teacher that runs in each step. They take turns.
 
-    On a GPU in bfloat16. -> table: what, samples_s, waiting (share of the time that goes to the loader), step_ms, ratio (of its
-    time to that without distillation), and peak (share of a known GPU's dense bf16 peak; the teacher's work counts too).
+    On a GPU in bfloat16. -> table: method, teacher ("cached", "online" or none), samples_s, waiting (share of the time that goes
+    to the loader), step_ms, ratio (of its time to that without distillation), and peak (share of a known GPU's dense bf16 peak;
+    the teacher's work counts too).
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     online = create_model(teacher, device=device).eval()
-    size = create_model(name).image_size
+    size, width = create_model(name).image_size, online.config["embed_dim"]
     dataset, waits, flops = PairDataset(make_pairs(pairs, seed=0, size=size), size), {}, {}
 
-    def trainer(what, cache):
-        config = Config(steps=1, batch_size=batch, method="none" if what == "without distillation" else method, bf16=device == "cuda")
+    def trainer(method, taught_by, cache):
+        config = Config(steps=1, batch_size=batch, method=method, bf16=device == "cuda")
         model = create_model(name, device=device).to(memory_format=torch.channels_last).train()
-        optimizer, waits[what] = optimizer_of(model, config), []
+        heads = Heads(method, model.config["embed_dim"], width).to(device)
+        optimizer, key = optimizer_of(model, config, heads), (method, taught_by)
+        waits[key] = []
         batches = itertools.chain.from_iterable(loader(dataset, epoch_batches(pairs, batch, 0, epoch), device) for epoch in itertools.count())
 
         def features(rows, ks, images, long, short):
-            if what == "cached features":
+            if taught_by == "cached":
                 return [feature.to(device) for feature in cache.rows(rows, ks)]
             images = F.interpolate(images, (online.image_size, online.image_size), mode="bilinear")
             with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=config.bf16):
@@ -87,26 +92,29 @@ def benchmark_train(name="JettCLIP-T", teacher="LongCLIP-T", batch=64, pairs=512
         def step():
             optimizer.zero_grad(set_to_none=True)
             start = time.perf_counter()
-            rows, ks, *inputs = next(batches)
-            waits[what].append(1e3 * (time.perf_counter() - start))
-            taught = None if config.method == "none" else features(rows, ks, *inputs)
-            backward(model, (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:], None), lambda student: total_loss(
-                student[:3], taught, model.logit_scale.exp(), method=config.method), config)
+            rows, ks, images, long, short = next(batches)
+            waits[key].append(1e3 * (time.perf_counter() - start))
+            taught = features(rows, ks, images, long, short) if taught_by else None
+            images = images.contiguous(memory_format=torch.channels_last)
+            masked = images if "mfd" in method else None  # what is hidden costs nothing
+            backward(model, (images, long, short, masked), lambda student: total_loss(
+                student[:3], taught, model.logit_scale.exp(), method=method, heads=heads, masked_image=student[3]), config)
             optimizer.step()
 
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused attention is not counted
             step()
-        flops[what] = counter.get_total_flops()
+        flops[key] = counter.get_total_flops()
         return step
 
     with tempfile.TemporaryDirectory() as folder:
-        cache = synthetic_cache(Path(folder) / "cache", pairs, online.config["embed_dim"])
-        table = benchmark({what: trainer(what, cache) for what in ("without distillation", "cached features", "online teacher")}, repeats)
+        cache = synthetic_cache(Path(folder) / "cache", pairs, width)
+        forms = [("none", ""), *((method, "cached") for method in methods), (methods[-1], "online")]
+        table = benchmark({form: trainer(*form, cache) for form in forms}, repeats)
     gpu = torch.cuda.get_device_name() if device == "cuda" else ""
     peak = next((teraflops for key, teraflops in PEAK.items() if key in gpu), float("nan"))
     return pd.DataFrame({
-        "what": table.name, "samples_s": 1e3 * batch / table.p50_ms,
-        "waiting": table.name.map(lambda what: statistics.median(waits[what][-repeats:])) / table.p50_ms,
+        "method": [method for method, _ in forms], "teacher": [taught_by for _, taught_by in forms], "samples_s": 1e3 * batch / table.p50_ms,
+        "waiting": table.name.map(lambda form: statistics.median(waits[form][-repeats:])) / table.p50_ms,
         "step_ms": table.p50_ms, "ratio": table.p50_ms / table.p50_ms[0], "peak": table.name.map(flops) / table.p50_ms / 1e9 / peak})
 
 
@@ -118,8 +126,10 @@ def main():
     train.add_argument("--model", default="JettCLIP-T", help="student (default: %(default)s)")
     train.add_argument("--teacher", default="LongCLIP-T", help="the online teacher (default: %(default)s)")
     train.add_argument("--batch", type=int, default=64, help="default: %(default)s")
+    train.add_argument("--methods", nargs="+", default=[*METHODS, "crd+fd"], help="default: all")
     for command in (losses, train):
         command.add_argument("--repeats", type=int, default=10, help="timings of each call (default: %(default)s)")
+        command.add_argument("--results", default=ROOT / "results/training", type=Path, help="folder of the table (default: %(default)s)")
     args = parser.parse_args()
     print(f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}")
     if args.command == "losses":
@@ -127,8 +137,11 @@ def main():
         table = benchmark_losses(repeats=args.repeats)
     else:
         print(f"on {torch.cuda.get_device_name() + ' in bfloat16' if torch.cuda.is_available() else 'the CPU'}; ratio = this time / that without distillation")
-        table = benchmark_train(args.model, args.teacher, args.batch, pairs=max(512, 2 * args.batch), repeats=args.repeats)
+        table = benchmark_train(args.model, args.teacher, args.batch, max(512, 2 * args.batch), args.methods, args.repeats)
+        table = table.assign(model=args.model, batch=args.batch)
     print(table.to_string(index=False, float_format=lambda value: f"{value:.2f}"))
+    save_csv(table, args.results / f"{args.command}.csv")
+    write_json(args.results / "provenance.json", provenance())
 
 
 if __name__ == "__main__":

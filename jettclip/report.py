@@ -22,7 +22,7 @@ from .pipeline import report_pdf, results_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 # The profiles that the report tells of; it says which of the optional ones were not run.
-NEEDED, OPTIONAL = ("scenes", "flickr8k"), ("collage", "ablation", "settings", "flickr8k_settings", "data", "sharegpt4v")
+NEEDED, OPTIONAL = ("scenes", "flickr8k"), ("collage", "ablation", "settings", "flickr8k_settings", "data", "training", "sharegpt4v")
 
 
 def save_csv(table, path):
