@@ -31,7 +31,7 @@ help:
 	@echo "make lab                      open the notebooks in JupyterLab"
 	@echo "make readme                   make the tables in README.md anew from results/"
 	@echo "make bench-latency            time full-size towers and backends into results/latency [CAPTIONS=file.parquet]"
-	@echo "make bench-losses             time the losses, and a training step with and without distillation"
+	@echo "make bench-losses             time each loss, and primary components against a singular value decomposition"
 	@echo "make bench-data               time decoding, tokenizing and the feature cache [CAPTIONS=file.parquet]"
 	@echo "make data SOURCE=coco         fetch a published data set into DATA=data/coco"
 	@echo "make bench-train              time training steps without distillation, from cached features, with an online teacher [TRAIN=--model ...]"

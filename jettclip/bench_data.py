@@ -98,6 +98,7 @@ def reading(folder, repeats, n=100_000, members=2000):
 
     def from_cache():
         cache.rows(rng.integers(0, n, BATCH), np.zeros(BATCH, int))
+
     def epoch():
         """Batch after batch, as training reads them: one alone, after something else, finds the processor's caches cold."""
         for _ in range(50):

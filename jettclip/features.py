@@ -18,9 +18,9 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
+from . import parallel
 from .checkpoints import file_hash, load_folder, write_json, write_then_rename
 from .data import dataset_for, draw_crops, in_order, loader
-from . import parallel
 from .parallel import is_first, wait_for_all
 
 

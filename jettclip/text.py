@@ -91,15 +91,20 @@ class TextTower(nn.Module):
         return in_length_groups(self.encode, x, end) if self.trims else self.encode(x, end)
 
 
+def length_groups(end, rows=32):
+    """Row numbers of captions in order of their `end` (B,), in groups of `rows` of similar length. A GPU gets one group."""
+    return end.argsort().split(rows if end.device.type == "cpu" else len(end))
+
+
 def in_length_groups(encode, x, end, rows=32):
     """`encode(x, end)` on groups of `rows` captions of similar length, each cut to its longest -> features (B, d).
 
     x (B, L, d) are embedded tokens, end (B,) the places of the end tokens. Half the padding of a mixed batch goes, and
-    a group's activations fit a CPU's cache. A GPU gets one group.
+    a group's activations fit a CPU's cache.
     """
-    rows = rows if x.device.type == "cpu" else len(x)
-    order = end.argsort()
-    return torch.cat([encode(x[part, :int(end[part[-1]]) + 1], end[part]) for part in order.split(rows)])[order.argsort()]
+    groups = length_groups(end, rows)
+    features = torch.cat([encode(x[part, :int(end[part[-1]]) + 1], end[part]) for part in groups])
+    return features[torch.cat(groups).argsort()]
 
 
 def pack(x, end, gap):
@@ -293,24 +298,22 @@ class HybridText(TextTower):
         """
         if not (self.training and self.trims):
             return super().encode_batch(x, end)
-        gap, order = self.first.conv.half, end.argsort()
-        end = end[order]
-        real = pack(real_tokens(x, end).unsqueeze(2), end, gap).squeeze(2)  # (1, T)
-        start = (end + 1 + gap).cumsum(0) - (end + 1 + gap)  # (B,) where each caption begins
-        packed = self.first(pack(x[order], end, gap), real)  # (B, L, d) -> (1, T, d)
-
-        def attention(at, end):
-            x, mask = packed[0, at], real_tokens(at, end)  # (1, T, d) -> (b, l, d)
+        gap, groups = self.first.conv.half, length_groups(end)
+        order = torch.cat(groups)
+        places = end[order] + 1 + gap  # of each caption and the gap after it
+        start = torch.empty_like(end).index_copy(0, order, places.cumsum(0) - places)  # (B,) where each caption begins
+        real = pack(real_tokens(x, end)[order].unsqueeze(2), end[order], gap).squeeze(2)  # (1, T)
+        packed = self.first(pack(x[order], end[order], gap), real)  # (B, L, d) -> (1, T, d)
+        attended = []
+        for part in groups:
+            at = start[part].unsqueeze(1) + torch.arange(int(end[part[-1]]) + 1, device=x.device)  # (b, l)
+            y, mask = packed[0, at], real_tokens(at, end[part])  # (1, T, d) -> (b, l, d)
             for layer in self.layers:
-                x = attend(layer, x, mask)
-            return pack(x, end, gap)
-        rows = 32 if x.device.type == "cpu" else len(x)
-        groups = [(start[part], end[part]) for part in torch.arange(len(x), device=x.device).split(rows)]
-        packed = torch.cat([attention(
-            (first.unsqueeze(1) + torch.arange(int(last[-1]) + 1, device=x.device)).clamp(max=packed.shape[1] - 1), last)
-            for first, last in groups], dim=1)
+                y = attend(layer, y, mask)
+            attended.append(pack(y, end[part], gap))
+        packed = torch.cat(attended, dim=1)
         x = self.last(packed, real)[0, start + end]  # (1, T, d) -> (B, d)
-        return (self.ln_final(x) @ self.text_projection)[order.argsort()]
+        return self.ln_final(x) @ self.text_projection
 
     def encode(self, x, end):
         mask = real_tokens(x, end) if self.trims else None
