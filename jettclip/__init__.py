@@ -1,7 +1,14 @@
 """JettCLIP: MobileCLIP-sized students with Long-CLIP's 248-token reading, distilled from cached teacher features."""
+
 import importlib
 
-__all__ = ["create_model", "create_model_and_transforms", "get_tokenizer", "list_models", "reparameterize"]
+__all__ = [
+    "create_model",
+    "create_model_and_transforms",
+    "get_tokenizer",
+    "list_models",
+    "reparameterize",
+]
 
 
 def __getattr__(name):  # torch takes seconds to import; `jettclip.pipeline` does without

@@ -1,4 +1,5 @@
 """Why a model is good or bad: details that a swapped word hides, its teacher's geometry, its training, its failures."""
+
 import re
 from functools import cache
 
@@ -8,14 +9,41 @@ import torch
 
 from .text import tokenizer
 
-COLOURS = ("red", "blue", "green", "yellow", "black", "white", "brown", "pink", "purple", "grey", "gray")
+COLOURS = (
+    "red",
+    "blue",
+    "green",
+    "yellow",
+    "black",
+    "white",
+    "brown",
+    "pink",
+    "purple",
+    "grey",
+    "gray",
+)
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-OPPOSITES = {"small": "large", "large": "small", "big": "little", "little": "big", "tiny": "huge", "huge": "tiny",
-             "tall": "short", "short": "tall", "wide": "narrow", "narrow": "wide"}
+OPPOSITES = {
+    "small": "large",
+    "large": "small",
+    "big": "little",
+    "little": "big",
+    "tiny": "huge",
+    "huge": "tiny",
+    "tall": "short",
+    "short": "tall",
+    "wide": "narrow",
+    "narrow": "wide",
+}
 # word -> its kind, and what may stand in its place: another colour, another number, the opposite size
-SWAPS = {**{word: ("colour", [w for w in COLOURS if w != word and {w, word} != {"grey", "gray"}]) for word in COLOURS},
-         **{word: ("number", [w for w in NUMBERS if w != word]) for word in NUMBERS},
-         **{word: ("size", [other]) for word, other in OPPOSITES.items()}}
+SWAPS = {
+    **{
+        word: ("colour", [w for w in COLOURS if w != word and {w, word} != {"grey", "gray"}])
+        for word in COLOURS
+    },
+    **{word: ("number", [w for w in NUMBERS if w != word]) for word in NUMBERS},
+    **{word: ("size", [other]) for word, other in OPPOSITES.items()},
+}
 
 
 encoder = cache(lambda: tokenizer().encode)  # reads its vocabulary once
@@ -24,7 +52,9 @@ encoder = cache(lambda: tokenizer().encode)  # reads its vocabulary once
 def first_difference(one, other):
     """The first token in which two texts differ; the start token is 0."""
     one, other = encoder()(one), encoder()(other)
-    return 1 + next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    return 1 + next(
+        (i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other))
+    )
 
 
 def swap_attribute(caption, rng):
@@ -34,7 +64,13 @@ def swap_attribute(caption, rng):
     that stands once in the caption, in lower case (no names), is taken, so that nothing else in it gives the answer.
     """
     words = re.findall(r"(?<![\w-])[a-z]+(?![\w-])", caption)
-    usable = sorted({word for word in words if word in SWAPS and len(re.findall(rf"\b{word}\b", caption, re.I)) == 1})
+    usable = sorted(
+        {
+            word
+            for word in words
+            if word in SWAPS and len(re.findall(rf"\b{word}\b", caption, re.I)) == 1
+        }
+    )
     if not usable:
         return None
     word = usable[rng.integers(len(usable))]
@@ -50,10 +86,13 @@ def swapped_details(table, seed=0):
     for row, (image, long, key) in enumerate(zip(table.image, table.long, table.key)):
         if swap := swap_attribute(long, np.random.default_rng([seed, row])):
             rows.append((image, long, *swap, key))
-    return pd.DataFrame(rows, columns=["image", "long", "other_long", "attribute", "position", "key"])
+    return pd.DataFrame(
+        rows, columns=["image", "long", "other_long", "attribute", "position", "key"]
+    )
 
 
 # ---- what the student kept of its teacher's geometry
+
 
 def linear_cka(x, y, keep=None):
     """Linear centred kernel alignment of features x (N, d) and y (N, e) of the same rows, 1 for a rotation of each other.
@@ -62,14 +101,20 @@ def linear_cka(x, y, keep=None):
     features; the plain one grows with d / N. keep (B, N) of zeros and ones: one value for each choice of rows, at least 4, -> (B,).
     """
     keep = torch.ones(1, len(x), dtype=torch.double) if keep is None else keep.double()
-    k, l = (centred @ centred.T for centred in (f.double() - f.double().mean(dim=0) for f in (x, y)))  # (N, N)
+    k, l = (
+        centred @ centred.T for centred in (f.double() - f.double().mean(dim=0) for f in (x, y))
+    )  # (N, N)
     k.fill_diagonal_(0)
     l.fill_diagonal_(0)
     n = keep.sum(dim=1)
 
     def hsic(k, l):
         k_sums, l_sums, both = (keep * (keep @ one) for one in (k, l, k * l))  # (B, N)
-        pairs = both.sum(1) + k_sums.sum(1) * l_sums.sum(1) / ((n - 1) * (n - 2)) - 2 * (k_sums * l_sums).sum(1) / (n - 2)
+        pairs = (
+            both.sum(1)
+            + k_sums.sum(1) * l_sums.sum(1) / ((n - 1) * (n - 2))
+            - 2 * (k_sums * l_sums).sum(1) / (n - 2)
+        )
         return pairs / (n * (n - 3))
 
     return hsic(k, l) / (hsic(k, k) * hsic(l, l)).sqrt()
@@ -101,6 +146,7 @@ def neighbour_overlap(x, y, k=10, chunk=4096):
 
 # ---- training
 
+
 def efficiency(history, base, metric="long_t2i_r1"):
     """Steps and seconds after which each run reaches what the run `base` has in the end.
 
@@ -109,14 +155,27 @@ def efficiency(history, base, metric="long_t2i_r1"):
     (how many times fewer than the base took), NaN where a run never reaches it.
     """
     target = history[history.model == base][metric].iloc[-1]
-    first = history[history[metric] >= target].groupby("model").first().rename(columns={"step": "steps"})
+    first = (
+        history[history[metric] >= target]
+        .groupby("model")
+        .first()
+        .rename(columns={"step": "steps"})
+    )
     table = first.reindex(pd.Index(history.model.unique(), name="model"))[["steps", "seconds"]]
-    ratios = (table.loc[base] / table).rename(columns={"steps": "step_ratio", "seconds": "second_ratio"})
-    return table.join(ratios).assign(against=base, target=target).reset_index()[
-        ["model", "against", "target", "steps", "seconds", "step_ratio", "second_ratio"]]
+    ratios = (table.loc[base] / table).rename(
+        columns={"steps": "step_ratio", "seconds": "second_ratio"}
+    )
+    return (
+        table.join(ratios)
+        .assign(against=base, target=target)
+        .reset_index()[
+            ["model", "against", "target", "steps", "seconds", "step_ratio", "second_ratio"]
+        ]
+    )
 
 
 # ---- failures
+
 
 def failures(image, text, rank, n=4, seed=0):
     """n of the texts whose image is not found first, drawn at random -> table: query (row), rank (from 1), first, second, third.
@@ -126,5 +185,12 @@ def failures(image, text, rank, n=4, seed=0):
     missed = np.flatnonzero(np.asarray(rank) > 0)
     chosen = np.sort(np.random.default_rng(seed).permutation(missed)[:n])
     best = (text[chosen] @ image.T).topk(3, dim=1).indices.numpy()  # (n, 3)
-    return pd.DataFrame({"query": chosen, "rank": np.asarray(rank)[chosen] + 1,
-                         "first": best[:, 0], "second": best[:, 1], "third": best[:, 2]})
+    return pd.DataFrame(
+        {
+            "query": chosen,
+            "rank": np.asarray(rank)[chosen] + 1,
+            "first": best[:, 0],
+            "second": best[:, 1],
+            "third": best[:, 2],
+        }
+    )

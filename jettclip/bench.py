@@ -4,6 +4,7 @@
 
 Ratios of one run mean something where milliseconds of a shared machine do not.
 """
+
 import argparse
 import importlib.metadata
 import importlib.util
@@ -40,22 +41,48 @@ def latency(forms, images, texts, batches=(1, 32), repeats=20):
     for batch in batches:
         for captions, tokens in {"": None, **texts}.items():
             if tokens is None:
-                calls = {key: lambda form=form, x=images[form.image_size][:batch]: form.encode_image(x) for key, form in forms.items()}
+                calls = {
+                    key: lambda form=form, x=images[form.image_size][:batch]: form.encode_image(x)
+                    for key, form in forms.items()
+                }
             else:
-                calls = {key: lambda form=form, t=tokens[:batch]: form.encode_text(t) for key, form in forms.items()}
-            table = benchmark(calls, repeats if batch == 1 else max(2, repeats // 4), warmup=2 if batch == 1 else 1).set_index("name")
-            rows += [{"model": key[0], "backend": key[1], "tower": "image" if tokens is None else "text", "captions": captions,
-                      "batch": batch, "tokens": 0 if tokens is None else int(tokens[:batch].argmax(dim=1).max()) + 1,
-                      "p50_ms": table.p50_ms[key], "p90_ms": table.p90_ms[key],
-                      "ratio_to_teacher": table.p50_ms[first] / table.p50_ms[key]} for key in forms]
+                calls = {
+                    key: lambda form=form, t=tokens[:batch]: form.encode_text(t)
+                    for key, form in forms.items()
+                }
+            table = benchmark(
+                calls,
+                repeats if batch == 1 else max(2, repeats // 4),
+                warmup=2 if batch == 1 else 1,
+            ).set_index("name")
+            rows += [
+                {
+                    "model": key[0],
+                    "backend": key[1],
+                    "tower": "image" if tokens is None else "text",
+                    "captions": captions,
+                    "batch": batch,
+                    "tokens": 0 if tokens is None else int(tokens[:batch].argmax(dim=1).max()) + 1,
+                    "p50_ms": table.p50_ms[key],
+                    "p90_ms": table.p90_ms[key],
+                    "ratio_to_teacher": table.p50_ms[first] / table.p50_ms[key],
+                }
+                for key in forms
+            ]
     return pd.DataFrame(rows)
 
 
 def both_towers(table, captions):
     """Rows of `latency` for one image and one text of `captions`: the sum of both towers' medians."""
     chosen = table[table.captions.isin(["", captions])]
-    both = chosen.groupby(["model", "backend", "batch"], sort=False, as_index=False).agg(p50_ms=("p50_ms", "sum"), tokens=("tokens", "max"))
-    teacher = both.batch.map(both[(both.model == table.model[0]) & (both.backend == table.backend[0])].set_index("batch").p50_ms)
+    both = chosen.groupby(["model", "backend", "batch"], sort=False, as_index=False).agg(
+        p50_ms=("p50_ms", "sum"), tokens=("tokens", "max")
+    )
+    teacher = both.batch.map(
+        both[(both.model == table.model[0]) & (both.backend == table.backend[0])]
+        .set_index("batch")
+        .p50_ms
+    )
     return both.assign(tower="both", captions=captions, ratio_to_teacher=teacher / both.p50_ms)
 
 
@@ -74,39 +101,81 @@ def layer_times(models, images, tokens, repeats=20):
     parts, hooks, times = {name: model_parts(model) for name, model in models.items()}, [], []
     for name in models:
         for (tower, part), modules in parts[name].items():
-            hooks.append(modules[0].register_forward_pre_hook(
-                lambda module, args, tower=tower, part=part: marks.append((tower, part, time.perf_counter()))))
+            hooks.append(
+                modules[0].register_forward_pre_hook(
+                    lambda module, args, tower=tower, part=part: marks.append(
+                        (tower, part, time.perf_counter())
+                    )
+                )
+            )
     for repeat in range(repeats + 2):
         for name, model in models.items():
-            measured = timed(model, "image", lambda m: m.visual(images)) + timed(model, "text", lambda m: m.text(tokens))
-            times += [(tower, part, f"{name} ms", ms) for tower, part, ms in measured] if repeat >= 2 else []
+            measured = timed(model, "image", lambda m: m.visual(images)) + timed(
+                model, "text", lambda m: m.text(tokens)
+            )
+            times += (
+                [(tower, part, f"{name} ms", ms) for tower, part, ms in measured]
+                if repeat >= 2
+                else []
+            )
     for hook in hooks:
         hook.remove()
     table = pd.DataFrame(times, columns=["tower", "part", "what", "ms"])
-    table = table.pivot_table("ms", ["tower", "part"], "what", "median", sort=False).reset_index().rename_axis(columns=None)
+    table = (
+        table.pivot_table("ms", ["tower", "part"], "what", "median", sort=False)
+        .reset_index()
+        .rename_axis(columns=None)
+    )
     for name in models:
-        table[f"{name} layers"] = [sum(isinstance(layer, LAYERS) for module in parts[name][tower, part] for layer in module.modules())
-                                   for tower, part in zip(table.tower, table.part)]
+        table[f"{name} layers"] = [
+            sum(
+                isinstance(layer, LAYERS)
+                for module in parts[name][tower, part]
+                for layer in module.modules()
+            )
+            for tower, part in zip(table.tower, table.part)
+        ]
     return table
 
 
-LAYERS = (torch.nn.modules.conv._ConvNd, torch.nn.Linear, torch.nn.MultiheadAttention, torch.nn.modules.batchnorm._BatchNorm,
-          torch.nn.LayerNorm)
+LAYERS = (
+    torch.nn.modules.conv._ConvNd,
+    torch.nn.Linear,
+    torch.nn.MultiheadAttention,
+    torch.nn.modules.batchnorm._BatchNorm,
+    torch.nn.LayerNorm,
+)
 
 
 def model_parts(model):
     """{(tower, part): modules, the first of which is called first} of a FastViT image tower and either text tower."""
     trunk, text = model.visual.trunk, model.text
     blocks = text.layers if isinstance(text, HybridText) else text.transformer.resblocks
-    image = {"stem": [trunk.stem], **{f"stage {i}": [stage] for i, stage in enumerate(trunk.stages, 1)},
-             "last convolution": [trunk.final_conv], "head": [trunk.head]}
-    words = {"embedding": [text.token_embedding], **({"first RepMixer": [text.first]} if isinstance(text, HybridText) else {}),
-             **{f"attention {i}": [block.ln_1, block.attn, block.ln_2, block.mlp] for i, block in enumerate(blocks, 1)},
-             **({"last RepMixer": [text.last]} if isinstance(text, HybridText) else {}), "projection": [text.ln_final]}
-    return {(tower, part): modules for tower, of in (("image", image), ("text", words)) for part, modules in of.items()}
+    image = {
+        "stem": [trunk.stem],
+        **{f"stage {i}": [stage] for i, stage in enumerate(trunk.stages, 1)},
+        "last convolution": [trunk.final_conv],
+        "head": [trunk.head],
+    }
+    words = {
+        "embedding": [text.token_embedding],
+        **({"first RepMixer": [text.first]} if isinstance(text, HybridText) else {}),
+        **{
+            f"attention {i}": [block.ln_1, block.attn, block.ln_2, block.mlp]
+            for i, block in enumerate(blocks, 1)
+        },
+        **({"last RepMixer": [text.last]} if isinstance(text, HybridText) else {}),
+        "projection": [text.ln_final],
+    }
+    return {
+        (tower, part): modules
+        for tower, of in (("image", image), ("text", words))
+        for part, modules in of.items()
+    }
 
 
 # ---- full-size towers
+
 
 def caption_tokens(file, shortest, longest, n=32, seed=0):
     """Tokens (n, 248) of `n` real captions of `shortest` to `longest` tokens: texts of a Parquet file, or single
@@ -117,7 +186,9 @@ def caption_tokens(file, shortest, longest, n=32, seed=0):
     lengths = tokens.argmax(dim=1) + 1
     fitting = tokens[(lengths >= shortest) & (lengths <= longest)]
     if len(fitting) < n:
-        raise ValueError(f"only {len(fitting)} captions of {shortest} to {longest} tokens in {file or 'scenes'}; {n} are needed")
+        raise ValueError(
+            f"only {len(fitting)} captions of {shortest} to {longest} tokens in {file or 'scenes'}; {n} are needed"
+        )
     return fitting[:n]
 
 
@@ -163,7 +234,12 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 def alone(folder, backend, image_size):
     """A form in a process of its own -> start_s (to the first embedded photo) and peak_mb (32 photos, 32 texts of 120 tokens)."""
     start = time.time()
-    finished = subprocess.run([sys.executable, "-c", ALONE, str(folder), backend, str(image_size)], capture_output=True, text=True, check=True)
+    finished = subprocess.run(
+        [sys.executable, "-c", ALONE, str(folder), backend, str(image_size)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     embedded, peak = finished.stdout.split()
     return {"start_s": float(embedded) - start, "peak_mb": int(peak) / 1024}
 
@@ -176,10 +252,19 @@ def benchmark_latency(names, captions=None, batches=(1, 32), repeats=20, say=lam
     largest change of normalised features against folded PyTorch, drift_image and drift_text.
     """
     backends = runtime.installed_backends()
-    texts = {"60 to 180 tokens": caption_tokens(captions, 60, 180), "12 to 20 tokens": caption_tokens(captions, 12, 20)}
+    texts = {
+        "60 to 180 tokens": caption_tokens(captions, 60, 180),
+        "12 to 20 tokens": caption_tokens(captions, 12, 20),
+    }
     plain = {REFERENCE: reference()}
     forms = {(REFERENCE, "pytorch"): plain[REFERENCE]}
-    facts = [{"model": REFERENCE, "backend": "pytorch", **alone("reference", "pytorch", plain[REFERENCE].image_size)}]
+    facts = [
+        {
+            "model": REFERENCE,
+            "backend": "pytorch",
+            **alone("reference", "pytorch", plain[REFERENCE].image_size),
+        }
+    ]
     with tempfile.TemporaryDirectory() as scratch:
         for name in names:
             tower = {"text_tower": "stretched"} if name == "MobileCLIP-S0 at 248" else {}
@@ -189,28 +274,66 @@ def benchmark_latency(names, captions=None, batches=(1, 32), repeats=20, say=lam
             checkpoints.save_folder(model, folder / "pytorch")
             plain[name] = reparameterize(model)
             exported = deploy.export(model, folder / "fp32")
-            places = {"pytorch": folder / "pytorch", "pytorch-packed": folder / "pytorch", **{backend: exported for backend in backends},
-                      "onnxruntime-int8": deploy.quantize(exported, folder / "int8")}
+            places = {
+                "pytorch": folder / "pytorch",
+                "pytorch-packed": folder / "pytorch",
+                **{backend: exported for backend in backends},
+                "onnxruntime-int8": deploy.quantize(exported, folder / "int8"),
+            }
             images = torch.rand(4, 3, model.image_size, model.image_size)
             for backend, place in places.items():
                 torch_form = backend.startswith("pytorch")
-                form = open_torch(place, backend) if torch_form else runtime.load(place, backend.removesuffix("-int8"))
+                form = (
+                    open_torch(place, backend)
+                    if torch_form
+                    else runtime.load(place, backend.removesuffix("-int8"))
+                )
                 forms[name, backend] = form
-                drift = (deploy.max_difference if torch_form else deploy.drift)(plain[name], form, images, texts["60 to 180 tokens"])
-                files = [place / checkpoints.WEIGHTS] * 2 if torch_form else [place / "image.onnx", place / "text.onnx"]
-                facts.append({"model": name, "backend": backend, "drift_image": drift[0], "drift_text": drift[1],
-                              "file_mb": sum(file.stat().st_size for file in set(files)) / 1e6,
-                              **alone(place, backend.removesuffix("-int8"), model.image_size)})
+                drift = (deploy.max_difference if torch_form else deploy.drift)(
+                    plain[name], form, images, texts["60 to 180 tokens"]
+                )
+                files = (
+                    [place / checkpoints.WEIGHTS] * 2
+                    if torch_form
+                    else [place / "image.onnx", place / "text.onnx"]
+                )
+                facts.append(
+                    {
+                        "model": name,
+                        "backend": backend,
+                        "drift_image": drift[0],
+                        "drift_text": drift[1],
+                        "file_mb": sum(file.stat().st_size for file in set(files)) / 1e6,
+                        **alone(place, backend.removesuffix("-int8"), model.image_size),
+                    }
+                )
         say("timing")
         sizes = {form.image_size for form in forms.values()}
-        table = latency(forms, {size: torch.rand(max(batches), 3, size, size) for size in sizes}, texts, batches, repeats)
+        table = latency(
+            forms,
+            {size: torch.rand(max(batches), 3, size, size) for size in sizes},
+            texts,
+            batches,
+            repeats,
+        )
     table = pd.concat([table, both_towers(table, "60 to 180 tokens")], ignore_index=True)
-    macs = {(name, tokens): gmacs(model, CONTEXT if name == REFERENCE else tokens) for name, model in plain.items()
-            for tokens in table.tokens.unique() if tokens}
-    costs = {name: {"image": parameters_m(model.visual), "both": parameters_m(model)} for name, model in plain.items()}
+    macs = {
+        (name, tokens): gmacs(model, CONTEXT if name == REFERENCE else tokens)
+        for name, model in plain.items()
+        for tokens in table.tokens.unique()
+        if tokens
+    }
+    costs = {
+        name: {"image": parameters_m(model.visual), "both": parameters_m(model)}
+        for name, model in plain.items()
+    }
     for row in table.itertuples():
-        image, text = macs[row.model, row.tokens] if row.tokens else (*gmacs(plain[row.model])[:1], 0)
-        table.loc[row.Index, "gmacs"] = {"image": image, "text": text, "both": image + text}[row.tower]
+        image, text = (
+            macs[row.model, row.tokens] if row.tokens else (*gmacs(plain[row.model])[:1], 0)
+        )
+        table.loc[row.Index, "gmacs"] = {"image": image, "text": text, "both": image + text}[
+            row.tower
+        ]
         cost = costs[row.model]
         table.loc[row.Index, "params_m"] = cost.get(row.tower, cost["both"] - cost["image"])
     return table.merge(pd.DataFrame(facts), on=["model", "backend"])
@@ -219,30 +342,80 @@ def benchmark_latency(names, captions=None, batches=(1, 32), repeats=20, say=lam
 def machine():
     """A file name for this machine, and what its numbers depend on."""
     facts = report.provenance()
-    packages = {name: importlib.metadata.version(name) for name in ("onnxruntime", "openvino") if importlib.util.find_spec(name)}
+    packages = {
+        name: importlib.metadata.version(name)
+        for name in ("onnxruntime", "openvino")
+        if importlib.util.find_spec(name)
+    }
     allocator = os.environ.get("LD_PRELOAD") or "the system's"
-    return re.sub(r"\W+", "-", f"{facts['cpu']} {facts['cores']} cores").lower(), {**facts, **packages, "allocator": allocator}
+    return re.sub(r"\W+", "-", f"{facts['cpu']} {facts['cores']} cores").lower(), {
+        **facts,
+        **packages,
+        "allocator": allocator,
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m jettclip.bench", description=benchmark_latency.__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["JettCLIP-S0", "MobileCLIP-S0 at 248", "JettCLIP-S1", "JettCLIP-S2",
-                                                        "JettCLIP-B", "LongCLIP-B"])
-    parser.add_argument("--captions", help="Parquet file with a column `text`; default: captions of scenes")
-    parser.add_argument("--output", default=report.ROOT / "results/latency", type=Path, help="folder of the table (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=20, help="timings of each call (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m jettclip.bench", description=benchmark_latency.__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=[
+            "JettCLIP-S0",
+            "MobileCLIP-S0 at 248",
+            "JettCLIP-S1",
+            "JettCLIP-S2",
+            "JettCLIP-B",
+            "LongCLIP-B",
+        ],
+    )
+    parser.add_argument(
+        "--captions", help="Parquet file with a column `text`; default: captions of scenes"
+    )
+    parser.add_argument(
+        "--output",
+        default=report.ROOT / "results/latency",
+        type=Path,
+        help="folder of the table (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=20, help="timings of each call (default: %(default)s)"
+    )
     args = parser.parse_args()
     name, facts = machine()
     print(f"{facts['cpu']}, {facts['threads']} threads, allocator: {facts['allocator']}")
-    table = benchmark_latency(args.models, args.captions, repeats=args.repeats, say=lambda line: print(line, flush=True))
+    table = benchmark_latency(
+        args.models, args.captions, repeats=args.repeats, say=lambda line: print(line, flush=True)
+    )
     report.save_csv(table, args.output / f"{name}.csv")
     figures.style()
-    drawn = table.model.isin([REFERENCE, args.models[0]]) | ((table.model == "MobileCLIP-S0 at 248") & (table.backend == "pytorch"))
+    drawn = table.model.isin([REFERENCE, args.models[0]]) | (
+        (table.model == "MobileCLIP-S0 at 248") & (table.backend == "pytorch")
+    )
     figures.save(figures.speed(table[drawn]), args.output / f"{name}.svg")
-    checkpoints.write_json(args.output / f"{name}.json", {**facts, "captions": Path(args.captions).name if args.captions else "scenes"})
-    print(f"wrote {args.output / name}.csv; ratio = time of Long-CLIP-B's reference form / this time")
-    print(table[["tower", "captions", "batch", "model", "backend", "p50_ms", "p90_ms", "ratio_to_teacher"]].to_string(
-        index=False, float_format=lambda value: f"{value:.2f}"))
+    checkpoints.write_json(
+        args.output / f"{name}.json",
+        {**facts, "captions": Path(args.captions).name if args.captions else "scenes"},
+    )
+    print(
+        f"wrote {args.output / name}.csv; ratio = time of Long-CLIP-B's reference form / this time"
+    )
+    print(
+        table[
+            [
+                "tower",
+                "captions",
+                "batch",
+                "model",
+                "backend",
+                "p50_ms",
+                "p90_ms",
+                "ratio_to_teacher",
+            ]
+        ].to_string(index=False, float_format=lambda value: f"{value:.2f}")
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Evaluation on features: retrieval, zero-shot classification, where-is-the-detail, each with what noise does to it."""
+
 import numpy as np
 import open_clip
 import pandas as pd
@@ -9,18 +10,42 @@ from .models import transforms
 
 TIE = 1e-6  # similarities of unit vectors that differ by less are equal: float32 rounding depends on the place in a matrix
 # The 18 prompts of OpenAI for CIFAR-10 and CIFAR-100 (openai/CLIP, data/prompts.md).
-CIFAR_TEMPLATES = tuple(f"a {kind}photo of {article} {size}{{}}." for article in ("a", "the") for kind, size in (
-    ("", ""), ("blurry ", ""), ("black and white ", ""), ("low contrast ", ""), ("high contrast ", ""), ("bad ", ""),
-    ("good ", ""), ("", "small "), ("", "big ")))
-TEMPLATES = {"cifar10": CIFAR_TEMPLATES, "cifar100": CIFAR_TEMPLATES, "imagenet": open_clip.OPENAI_IMAGENET_TEMPLATES}
+CIFAR_TEMPLATES = tuple(
+    f"a {kind}photo of {article} {size}{{}}."
+    for article in ("a", "the")
+    for kind, size in (
+        ("", ""),
+        ("blurry ", ""),
+        ("black and white ", ""),
+        ("low contrast ", ""),
+        ("high contrast ", ""),
+        ("bad ", ""),
+        ("good ", ""),
+        ("", "small "),
+        ("", "big "),
+    )
+)
+TEMPLATES = {
+    "cifar10": CIFAR_TEMPLATES,
+    "cifar100": CIFAR_TEMPLATES,
+    "imagenet": open_clip.OPENAI_IMAGENET_TEMPLATES,
+}
 
 
 @torch.inference_mode()
 def embed(model, dataset, batch_size=128):
     """Normalised features of every row of a PairDataset -> (image, long, short), each (N, d) on the CPU."""
     model.eval()
-    parts = [(model.encode_image(images, True), model.encode_text(long, True), model.encode_text(short, True))
-             for _, _, images, long, short in loader(dataset, in_order(len(dataset), batch_size), model.logit_scale.device)]
+    parts = [
+        (
+            model.encode_image(images, True),
+            model.encode_text(long, True),
+            model.encode_text(short, True),
+        )
+        for _, _, images, long, short in loader(
+            dataset, in_order(len(dataset), batch_size), model.logit_scale.device
+        )
+    ]
     return tuple(torch.cat(part).cpu() for part in zip(*parts))
 
 
@@ -30,7 +55,9 @@ def embed_images(model, images, batch_size=128):
     prepare, device = transforms(model.config)[1], next(model.parameters()).device
     images, parts = list(images), []
     for i in range(0, len(images), batch_size):
-        batch = torch.stack([prepare(read_image(image)) for image in images[i:i + batch_size]]).to(device)  # (B, 3, S, S)
+        batch = torch.stack(
+            [prepare(read_image(image)) for image in images[i : i + batch_size]]
+        ).to(device)  # (B, 3, S, S)
         parts.append(model.eval().encode_image(batch, normalize=True).cpu())
     return torch.cat(parts)
 
@@ -39,11 +66,18 @@ def embed_images(model, images, batch_size=128):
 def embed_texts(model, tokenizer, texts, batch_size=256):
     """Normalised features (N, d) of texts, a batch at a time."""
     texts, device = list(texts), next(model.parameters()).device
-    return torch.cat([model.eval().encode_text(tokenizer(texts[i:i + batch_size]).to(device), normalize=True).cpu()
-                      for i in range(0, len(texts), batch_size)])
+    return torch.cat(
+        [
+            model.eval()
+            .encode_text(tokenizer(texts[i : i + batch_size]).to(device), normalize=True)
+            .cpu()
+            for i in range(0, len(texts), batch_size)
+        ]
+    )
 
 
 # ---- retrieval
+
 
 def ranks(image, text, image_of_text=None, chunk=4096):
     """Rank of the right answer for each query: (rank of text t's image (T,), rank of image i's best text (I,)).
@@ -56,7 +90,9 @@ def ranks(image, text, image_of_text=None, chunk=4096):
     texts, images = torch.arange(len(text), device=device), torch.arange(len(image), device=device)
     owner = texts if image_of_text is None else torch.as_tensor(image_of_text, device=device)
     right = torch.cat([(text[t] * image[owner[t]]).sum(1) for t in texts.split(chunk)])  # (T,)
-    best = torch.full((len(image),), -torch.inf, device=device).scatter_reduce(0, owner, right, "amax")  # (I,)
+    best = torch.full((len(image),), -torch.inf, device=device).scatter_reduce(
+        0, owner, right, "amax"
+    )  # (I,)
     of_text, of_image = torch.zeros_like(texts), torch.zeros_like(images)
     for t in texts.split(chunk):
         for i in images.split(chunk):
@@ -80,12 +116,20 @@ def retrieval(image, text, image_of_text=None, resamples=1000, seed=0):
     rows = []
     for way, rank, groups in (("t2i", of_text, owner.numpy()), ("i2t", of_image[asks], None)):
         for k in (1, 5, 10):
-            rows.append({"metric": f"{way}_r{k}", **interval((rank < k).numpy(), resamples, seed, groups)})
-        rows.append({"metric": f"{way}_median", **median_interval(rank.numpy() + 1, resamples, seed, groups)})
+            rows.append(
+                {"metric": f"{way}_r{k}", **interval((rank < k).numpy(), resamples, seed, groups)}
+            )
+        rows.append(
+            {
+                "metric": f"{way}_median",
+                **median_interval(rank.numpy() + 1, resamples, seed, groups),
+            }
+        )
     return pd.DataFrame(rows)
 
 
 # ---- noise
+
 
 def _means(values, resamples, seed, groups=None):
     """Bootstrap means (resamples,) of `values` (n,), resampled by group (n,).
@@ -94,9 +138,13 @@ def _means(values, resamples, seed, groups=None):
     that is a binomial draw, whatever n.
     """
     _, groups = np.unique(np.arange(len(values)) if groups is None else groups, return_inverse=True)
-    sums = np.stack([np.bincount(groups, values), np.bincount(groups)])  # (2, groups): sum and number of each group
+    sums = np.stack(
+        [np.bincount(groups, values), np.bincount(groups)]
+    )  # (2, groups): sum and number of each group
     kinds, count = np.unique(sums, axis=1, return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(count.sum(), count / count.sum(), resamples)  # (resamples, kinds)
+    drawn = np.random.default_rng(seed).multinomial(
+        count.sum(), count / count.sum(), resamples
+    )  # (resamples, kinds)
     total, number = kinds @ drawn.T
     return total / number
 
@@ -133,7 +181,10 @@ def difference_interval(values, others, resamples=10000, seed=0, groups=None):
     difference = np.asarray(values, np.float64) - np.asarray(others, np.float64)
     drawn = _means(difference, resamples, seed, groups)
     beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
-    return {**interval(difference, resamples, seed, groups), "p": min(1.0, 2 * (beyond + 1) / (resamples + 1))}
+    return {
+        **interval(difference, resamples, seed, groups),
+        "p": min(1.0, 2 * (beyond + 1) / (resamples + 1)),
+    }
 
 
 def holm(p):
@@ -148,7 +199,9 @@ def holm(p):
 def clear_best(values):
     """The name in {name: (n,)} with the best mean, if it beats every other one beyond the noise (Holm), else None."""
     best = max(values, key=lambda name: np.mean(values[name]))
-    p = holm([difference_interval(values[best], values[name])["p"] for name in values if name != best])
+    p = holm(
+        [difference_interval(values[best], values[name])["p"] for name in values if name != best]
+    )
     return best if len(p) and (p < 0.05).all() else None
 
 
@@ -162,10 +215,16 @@ def over_seeds(values):
     if not 2 <= len(values) <= len(T_975) + 1:
         raise ValueError(f"{len(values)} seeds: an interval over seeds needs 2 to {len(T_975) + 1}")
     half = T_975[len(values) - 2] * values.std(ddof=1) / np.sqrt(len(values))
-    return {"value": values.mean(), "low": values.mean() - half, "high": values.mean() + half, "n": len(values)}
+    return {
+        "value": values.mean(),
+        "low": values.mean() - half,
+        "high": values.mean() + half,
+        "n": len(values),
+    }
 
 
 # ---- zero-shot classification
+
 
 def zero_shot(model, tokenizer, images, labels, names, templates):
     """Zero-shot classification of `images` (encoded bytes or paths) -> (n,) rank of each right class, 0 is best.
@@ -174,13 +233,16 @@ def zero_shot(model, tokenizer, images, labels, names, templates):
     of its prompts (Radford et al., 2021, section 3.1.4; the classifier is open_clip's).
     """
     device = next(model.parameters()).device
-    classes = open_clip.build_zero_shot_classifier(model.eval(), tokenizer, names, templates, device=device).cpu()  # (d, C)
+    classes = open_clip.build_zero_shot_classifier(
+        model.eval(), tokenizer, names, templates, device=device
+    ).cpu()  # (d, C)
     scores = embed_images(model, images) @ classes  # (N, d) -> (N, C)
     right = scores.gather(1, torch.from_numpy(np.array(labels)).reshape(-1, 1))  # (N, 1)
     return ((~(scores < right)).sum(dim=1) - 1).numpy()  # a tie counts against the model
 
 
 # ---- where is the detail
+
 
 @torch.inference_mode()
 def detail_choices(model, dataset, other_dataset, batch_size=128):
@@ -191,11 +253,17 @@ def detail_choices(model, dataset, other_dataset, batch_size=128):
     """
     model.eval()
     choices = []
-    for (_, _, images, long, _), (_, _, _, other, _) in zip(*(
-            loader(d, in_order(len(d), batch_size), model.logit_scale.device) for d in (dataset, other_dataset))):
+    for (_, _, images, long, _), (_, _, _, other, _) in zip(
+        *(
+            loader(d, in_order(len(d), batch_size), model.logit_scale.device)
+            for d in (dataset, other_dataset)
+        )
+    ):
         image = model.encode_image(images, True)
-        both = model.encode_text(torch.cat([long, other]), True)  # together: equal texts get equal features
-        right, wrong = (image * both[:len(image)]).sum(1), (image * both[len(image):]).sum(1)
+        both = model.encode_text(
+            torch.cat([long, other]), True
+        )  # together: equal texts get equal features
+        right, wrong = (image * both[: len(image)]).sum(1), (image * both[len(image) :]).sum(1)
         choice = (right > wrong).double() + 0.5 * (right == wrong)
         choice[(long == other).all(dim=1)] = 0.5
         choices.append(choice.cpu())
@@ -206,9 +274,17 @@ def by_attribute(choices, details):
     """Accuracy of `choices` per attribute of the table `details` ("all": of any), for details named before token 77, from it on
     and anywhere -> table: attribute, part, value, low, high, n."""
     position, rows = details.position.to_numpy(), []
-    for part, inside in (("before 77", position < 77), ("from 77", position >= 77), ("any", position >= 0)):
+    for part, inside in (
+        ("before 77", position < 77),
+        ("from 77", position >= 77),
+        ("any", position >= 0),
+    ):
         for attribute in ["all", *sorted(details.attribute.unique())]:
-            chosen = choices[inside & (details.attribute.to_numpy() == attribute) if attribute != "all" else inside]
+            chosen = choices[
+                inside & (details.attribute.to_numpy() == attribute)
+                if attribute != "all"
+                else inside
+            ]
             if len(chosen) >= 10:
                 rows.append({"attribute": attribute, "part": part, **interval(chosen)})
     return pd.DataFrame(rows, columns=["attribute", "part", "value", "low", "high", "n"])

@@ -6,6 +6,7 @@ the distillation methods carry CLIP-KD's names (Yang et al., CVPR 2024).
 Features are those of the global batch. With several processes each one answers for its own rows (`Part`): logits are
 (local, global), and the mean of all processes' losses is the loss of one process over the whole batch.
 """
+
 import math
 from dataclasses import dataclass
 from typing import Callable
@@ -14,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .models import nearest
+from .utils import nearest
 
 
 @dataclass(frozen=True)
 class Part:
     """The rows of the global batch that this process answers for; `gather` joins all processes' rows, with gradient."""
+
     rows: slice
     gather: Callable  # (local, ...) -> (global, ...)
 
@@ -29,7 +31,9 @@ WHOLE = Part(slice(None), lambda local: local)
 
 def contrastive_loss(image, text, scale, label_smoothing=0.0, part=WHOLE):
     """CLIP's symmetric cross-entropy: features (B, d) twice, `scale` the factor of the cosines -> scalar."""
-    return _cross_entropy(F.normalize(image, dim=1), F.normalize(text, dim=1), scale, part, label_smoothing)
+    return _cross_entropy(
+        F.normalize(image, dim=1), F.normalize(text, dim=1), scale, part, label_smoothing
+    )
 
 
 def _logits(one, other, scale, part):
@@ -40,11 +44,16 @@ def _logits(one, other, scale, part):
 def _find(query, key, scale, part, label_smoothing=0.0):
     """Cross-entropy of this part's queries, each of which belongs to the key of its own row -> scalar."""
     target = torch.arange(len(key), device=key.device)[part.rows]
-    return F.cross_entropy(scale * query[part.rows] @ key.T, target, label_smoothing=label_smoothing)
+    return F.cross_entropy(
+        scale * query[part.rows] @ key.T, target, label_smoothing=label_smoothing
+    )
 
 
 def _cross_entropy(one, other, scale, part, label_smoothing=0.0):
-    return (_find(one, other, scale, part, label_smoothing) + _find(other, one, scale, part, label_smoothing)) / 2
+    return (
+        _find(one, other, scale, part, label_smoothing)
+        + _find(other, one, scale, part, label_smoothing)
+    ) / 2
 
 
 class _Project(torch.autograd.Function):
@@ -68,9 +77,12 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, values, vectors = ctx.saved_tensors
-        kept, dropped = vectors[:, -ctx.k:], vectors[:, :-ctx.k]
-        gap = values[-ctx.k:, None] - values[None, :-ctx.k]
-        gap = gap.clamp(min=float(values[-1]) * torch.finfo(x.dtype).eps * len(values) + torch.finfo(x.dtype).tiny)
+        kept, dropped = vectors[:, -ctx.k :], vectors[:, : -ctx.k]
+        gap = values[-ctx.k :, None] - values[None, : -ctx.k]
+        gap = gap.clamp(
+            min=float(values[-1]) * torch.finfo(x.dtype).eps * len(values)
+            + torch.finfo(x.dtype).tiny
+        )
         through = (grad @ kept) @ kept.T if ctx.tall else kept @ (kept.T @ grad)
         p = x.T @ grad if ctx.tall else grad @ x.T  # gradient of P
         p = (p + p.T) / 2
@@ -95,6 +107,7 @@ def primary_components(features, k=32):
 
 # ---- distillation: each method is a function of one `Pair`
 
+
 @dataclass(frozen=True)
 class Pair:
     """Normalised features of one image-text pair of sides, (B, d) each, and the factors of their cosines.
@@ -102,6 +115,7 @@ class Pair:
     teachers: one (image, text) for each teacher; teacher_image and teacher_text are the teachers' features side by side.
     aligned_image, aligned_text: the student's in the teacher's width (the student's own where the widths agree).
     """
+
     image: torch.Tensor
     text: torch.Tensor
     aligned_image: torch.Tensor
@@ -116,20 +130,31 @@ class Pair:
 
     def teacher_log_probabilities(self):
         """Log-softmax of the teacher's similarities, both ways; of several teachers the mean probability."""
-        each = [[F.log_softmax(logits, dim=1) for logits in _logits(*teacher, self.teacher_scale, self.part)]
-                for teacher in self.teachers]
-        return [torch.stack(way).logsumexp(0) - math.log(len(way)) for way in zip(*each)]  # 2 x (local, B)
+        each = [
+            [
+                F.log_softmax(logits, dim=1)
+                for logits in _logits(*teacher, self.teacher_scale, self.part)
+            ]
+            for teacher in self.teachers
+        ]
+        return [
+            torch.stack(way).logsumexp(0) - math.log(len(way)) for way in zip(*each)
+        ]  # 2 x (local, B)
 
 
 def _kl(logits, log_targets):
     """KL(target || softmax(logits)), mean over the rows."""
-    return F.kl_div(F.log_softmax(logits, dim=1), log_targets, reduction="batchmean", log_target=True)
+    return F.kl_div(
+        F.log_softmax(logits, dim=1), log_targets, reduction="batchmean", log_target=True
+    )
 
 
 def _fd(pair):
     """Feature distillation: mean squared error of the features, image and text (equation 6)."""
     rows = pair.part.rows
-    return F.mse_loss(pair.aligned_image[rows], pair.teacher_image[rows]) + F.mse_loss(pair.aligned_text[rows], pair.teacher_text[rows])
+    return F.mse_loss(pair.aligned_image[rows], pair.teacher_image[rows]) + F.mse_loss(
+        pair.aligned_text[rows], pair.teacher_text[rows]
+    )
 
 
 def _mfd(pair):
@@ -146,20 +171,30 @@ def _crd(pair):
 def _crd_ce(pair):
     """The same as MobileCLIP writes it: cross-entropy, which is the KL divergence plus the teacher's own entropy."""
     logits = _logits(pair.image, pair.text, pair.scale, pair.part)
-    return sum(F.cross_entropy(*both) for both in zip(logits, (t.exp() for t in pair.teacher_log_probabilities()))) / 2
+    return (
+        sum(
+            F.cross_entropy(*both)
+            for both in zip(logits, (t.exp() for t in pair.teacher_log_probabilities()))
+        )
+        / 2
+    )
 
 
 def _icl(pair):
     """Interactive contrastive learning: the student's features find the teacher's of the other side."""
-    return (_find(pair.aligned_image, pair.teacher_text, pair.scale, pair.part)
-            + _find(pair.aligned_text, pair.teacher_image, pair.scale, pair.part)) / 2
+    return (
+        _find(pair.aligned_image, pair.teacher_text, pair.scale, pair.part)
+        + _find(pair.aligned_text, pair.teacher_image, pair.scale, pair.part)
+    ) / 2
 
 
 def _cross_kd(pair):
     """Cross-model distillation: KL from the teacher's similarities to those of the student with the teacher."""
     rows, (of_image, of_text) = pair.part.rows, pair.teacher_log_probabilities()
-    return (_kl(pair.scale * pair.aligned_image[rows] @ pair.teacher_text.T, of_image)
-            + _kl(pair.scale * pair.aligned_text[rows] @ pair.teacher_image.T, of_text)) / 2
+    return (
+        _kl(pair.scale * pair.aligned_image[rows] @ pair.teacher_text.T, of_image)
+        + _kl(pair.scale * pair.aligned_text[rows] @ pair.teacher_image.T, of_text)
+    ) / 2
 
 
 def _gradients(query, key, scale, part):
@@ -168,23 +203,41 @@ def _gradients(query, key, scale, part):
     logits = scale * query[rows] @ key.T  # (local, B)
     normaliser = part.gather(logits.logsumexp(dim=1))  # (B,)
     of_query = (logits.softmax(dim=1) @ key - key[rows]) * scale / n
-    probability = (scale * query @ key[rows].T - normaliser[:, None]).exp()  # (B, local): the columns of this part's keys
+    probability = (
+        scale * query @ key[rows].T - normaliser[:, None]
+    ).exp()  # (B, local): the columns of this part's keys
     return of_query, (probability.T @ query - query[rows]) * scale / n
 
 
 def _gd(pair):
     """Gradient distillation: mean squared error of the contrastive loss's gradients by the features."""
-    student, teacher = (pair.aligned_image, pair.aligned_text), (pair.teacher_image, pair.teacher_text)
-    return sum(F.mse_loss(ours, theirs) for way in (1, -1) for ours, theirs in zip(
-        _gradients(*student[::way], pair.scale, pair.part), _gradients(*teacher[::way], pair.teacher_scale, pair.part)))
+    student, teacher = (
+        (pair.aligned_image, pair.aligned_text),
+        (pair.teacher_image, pair.teacher_text),
+    )
+    return sum(
+        F.mse_loss(ours, theirs)
+        for way in (1, -1)
+        for ours, theirs in zip(
+            _gradients(*student[::way], pair.scale, pair.part),
+            _gradients(*teacher[::way], pair.teacher_scale, pair.part),
+        )
+    )
 
 
 def _afd(pair):
     """Augmented feature distillation: contrastive loss of learned fusions of student's and teacher's features."""
     if pair.heads is None:
-        raise ValueError("afd learns to fuse features: give distill_loss heads=Heads('afd', student_width, teacher_width)")
-    fused = (F.normalize(fuse(torch.cat([ours, theirs], dim=1)), dim=1) for fuse, ours, theirs in (
-        (pair.heads.fuse_image, pair.image, pair.teacher_image), (pair.heads.fuse_text, pair.text, pair.teacher_text)))
+        raise ValueError(
+            "afd learns to fuse features: give distill_loss heads=Heads('afd', student_width, teacher_width)"
+        )
+    fused = (
+        F.normalize(fuse(torch.cat([ours, theirs], dim=1)), dim=1)
+        for fuse, ours, theirs in (
+            (pair.heads.fuse_image, pair.image, pair.teacher_image),
+            (pair.heads.fuse_text, pair.text, pair.teacher_text),
+        )
+    )
     return _cross_entropy(*fused, pair.scale, pair.part)
 
 
@@ -197,14 +250,34 @@ def _rd(pair):
     rows = pair.part.rows
 
     def agree(image_to, text_to):
-        one, other = (F.log_softmax(pair.scale * ours[rows] @ theirs.T, dim=1) for ours, theirs in (
-            (pair.aligned_image, image_to), (pair.aligned_text, text_to)))
-        return sum(F.kl_div(a, b, reduction="batchmean", log_target=True) for a, b in ((one, other), (other, one))) / 2
-    return agree(pair.teacher_image, pair.teacher_text) + agree(pair.teacher_text, pair.teacher_image)
+        one, other = (
+            F.log_softmax(pair.scale * ours[rows] @ theirs.T, dim=1)
+            for ours, theirs in ((pair.aligned_image, image_to), (pair.aligned_text, text_to))
+        )
+        return (
+            sum(
+                F.kl_div(a, b, reduction="batchmean", log_target=True)
+                for a, b in ((one, other), (other, one))
+            )
+            / 2
+        )
+
+    return agree(pair.teacher_image, pair.teacher_text) + agree(
+        pair.teacher_text, pair.teacher_image
+    )
 
 
-METHODS = {"fd": _fd, "crd": _crd, "crd_ce": _crd_ce, "icl": _icl, "cross_kd": _cross_kd, "gd": _gd, "afd": _afd, "mfd": _mfd,
-           "rd": _rd}
+METHODS = {
+    "fd": _fd,
+    "crd": _crd,
+    "crd_ce": _crd_ce,
+    "icl": _icl,
+    "cross_kd": _cross_kd,
+    "gd": _gd,
+    "afd": _afd,
+    "mfd": _mfd,
+    "rd": _rd,
+}
 
 
 class Heads(nn.Module):
@@ -215,17 +288,24 @@ class Heads(nn.Module):
 
     def __init__(self, method, student_width, teacher_width, short_width=None):
         super().__init__()
-        self.short = None if short_width is None else Heads(method, student_width, short_width)  # for a short_teacher
+        self.short = (
+            None if short_width is None else Heads(method, student_width, short_width)
+        )  # for a short_teacher
         if student_width != teacher_width:
-            self.image, self.text = nn.Linear(student_width, teacher_width), nn.Linear(student_width, teacher_width)
+            self.image, self.text = (
+                nn.Linear(student_width, teacher_width),
+                nn.Linear(student_width, teacher_width),
+            )
         else:
             self.image, self.text = nn.Identity(), nn.Identity()
         if "afd" in parse_method(method):
-            self.fuse_image, self.fuse_text = (nn.Linear(student_width + teacher_width, student_width) for _ in range(2))
+            self.fuse_image, self.fuse_text = (
+                nn.Linear(student_width + teacher_width, student_width) for _ in range(2)
+            )
 
 
 def parse_method(method):
-    """"crd+fd" -> ["crd", "fd"]; "none" -> []. An unknown name is an error."""
+    """ "crd+fd" -> ["crd", "fd"]; "none" -> []. An unknown name is an error."""
     names = [] if method == "none" else method.split("+")
     for name in names:
         if name not in METHODS:
@@ -233,8 +313,20 @@ def parse_method(method):
     return names
 
 
-def distill_loss(method, student_image, student_text, teacher_image, teacher_text, *, student_scale, teacher_scale,
-                 weights=None, heads=None, teacher_widths=None, part=WHOLE):
+def distill_loss(
+    method,
+    student_image,
+    student_text,
+    teacher_image,
+    teacher_text,
+    *,
+    student_scale,
+    teacher_scale,
+    weights=None,
+    heads=None,
+    teacher_widths=None,
+    part=WHOLE,
+):
     """Distillation loss `method`, one of METHODS or a sum ("crd+fd"; weights: method -> factor, 1 where absent) -> scalar.
 
     Features are (B, d); scales are factors of the cosines. heads: needed where the widths differ, and for afd.
@@ -242,21 +334,59 @@ def distill_loss(method, student_image, student_text, teacher_image, teacher_tex
     """
     image, text = (F.normalize(f, dim=1) for f in (student_image, student_text))
     widths = teacher_widths or [teacher_image.shape[1]]
-    teachers = [tuple(F.normalize(f, dim=1) for f in pair) for pair in zip(teacher_image.split(widths, 1), teacher_text.split(widths, 1))]
-    teacher_image, teacher_text = (F.normalize(torch.cat(side, dim=1), dim=1) for side in zip(*teachers))
+    teachers = [
+        tuple(F.normalize(f, dim=1) for f in pair)
+        for pair in zip(teacher_image.split(widths, 1), teacher_text.split(widths, 1))
+    ]
+    teacher_image, teacher_text = (
+        F.normalize(torch.cat(side, dim=1), dim=1) for side in zip(*teachers)
+    )
     aligned = [image, text]
     if heads is not None:
-        aligned = [F.normalize(head(f), dim=1) for head, f in ((heads.image, student_image), (heads.text, student_text))]
+        aligned = [
+            F.normalize(head(f), dim=1)
+            for head, f in ((heads.image, student_image), (heads.text, student_text))
+        ]
     elif image.shape[1] != teacher_image.shape[1] and set(parse_method(method)) - {"crd", "crd_ce"}:
-        raise ValueError(f"student features of width {image.shape[1]} and teacher features of width {teacher_image.shape[1]}: "
-                         "give distill_loss heads=Heads(method, student_width, teacher_width)")
-    pair = Pair(image, text, *aligned, teacher_image, teacher_text, teachers, student_scale, teacher_scale, part, heads)
-    return sum((weights or {}).get(name, 1.0) * METHODS[name](pair) for name in parse_method(method))
+        raise ValueError(
+            f"student features of width {image.shape[1]} and teacher features of width {teacher_image.shape[1]}: "
+            "give distill_loss heads=Heads(method, student_width, teacher_width)"
+        )
+    pair = Pair(
+        image,
+        text,
+        *aligned,
+        teacher_image,
+        teacher_text,
+        teachers,
+        student_scale,
+        teacher_scale,
+        part,
+        heads,
+    )
+    return sum(
+        (weights or {}).get(name, 1.0) * METHODS[name](pair) for name in parse_method(method)
+    )
 
 
-def total_loss(student, teacher, scale, *, method="none", pairs="both", weights=(0.8, 0.4, 1.5, 0.5), components=32,
-               label_smoothing=0.1, teacher_scale=100.0, method_weights=None, heads=None, teacher_widths=None,
-               masked_image=None, short_teacher=None, part=WHOLE):
+def total_loss(
+    student,
+    teacher,
+    scale,
+    *,
+    method="none",
+    pairs="both",
+    weights=(0.8, 0.4, 1.5, 0.5),
+    components=32,
+    label_smoothing=0.1,
+    teacher_scale=100.0,
+    method_weights=None,
+    heads=None,
+    teacher_widths=None,
+    masked_image=None,
+    short_teacher=None,
+    part=WHOLE,
+):
     """Total loss over one global batch -> (scalar, terms by name).
 
     student, teacher: (image, long, short) features, each (B, d); teacher None where method is "none". The four weights
@@ -267,26 +397,48 @@ def total_loss(student, teacher, scale, *, method="none", pairs="both", weights=
     """
     image, long, short = student
     a_long, a_short, d_long, d_short = weights
-    terms = {"contrastive_long": a_long * contrastive_loss(image, long, scale, label_smoothing, part)}
+    terms = {
+        "contrastive_long": a_long * contrastive_loss(image, long, scale, label_smoothing, part)
+    }
     if a_short or method != "none" and pairs == "both":
         image_short = primary_components(F.normalize(image, dim=1), components)
     if a_short:  # rebuilt features keep their length, as in Long-CLIP
-        terms["contrastive_short"] = a_short * _cross_entropy(image_short, F.normalize(short, dim=1), scale, part, label_smoothing)
+        terms["contrastive_short"] = a_short * _cross_entropy(
+            image_short, F.normalize(short, dim=1), scale, part, label_smoothing
+        )
     if method == "none":
         return sum(terms.values()), terms
 
     unmasked = "+".join(name for name in parse_method(method) if name != "mfd") or "none"
-    settings = {"student_scale": scale, "teacher_scale": teacher_scale, "weights": method_weights, "heads": heads,
-                "teacher_widths": teacher_widths, "part": part}
+    settings = {
+        "student_scale": scale,
+        "teacher_scale": teacher_scale,
+        "weights": method_weights,
+        "heads": heads,
+        "teacher_widths": teacher_widths,
+        "part": part,
+    }
     distilled = distill_loss(unmasked, image, long, teacher[0], teacher[1], **settings)
     if unmasked != method:
-        distilled = distilled + distill_loss("mfd", masked_image, long, teacher[0], teacher[1], **settings)
+        distilled = distilled + distill_loss(
+            "mfd", masked_image, long, teacher[0], teacher[1], **settings
+        )
     terms["distill_long"] = d_long * distilled
     if pairs == "both" and unmasked != "none":
         if short_teacher is None:
             each = teacher[0].split(teacher_widths or [teacher[0].shape[1]], 1)
-            taught = torch.cat([primary_components(F.normalize(one, dim=1), components) for one in each], 1), teacher[2]
+            taught = (
+                torch.cat(
+                    [primary_components(F.normalize(one, dim=1), components) for one in each], 1
+                ),
+                teacher[2],
+            )
         else:
-            taught, settings = short_teacher, {**settings, "teacher_widths": None, "heads": heads and heads.short}
-        terms["distill_short"] = d_short * distill_loss(unmasked, image_short, short, *taught, **settings)
+            taught, settings = (
+                short_teacher,
+                {**settings, "teacher_widths": None, "heads": heads and heads.short},
+            )
+        terms["distill_short"] = d_short * distill_loss(
+            unmasked, image_short, short, *taught, **settings
+        )
     return sum(terms.values()), terms

@@ -7,9 +7,10 @@
 A configuration is open_clip's `model_cfg` with three more keys: `text_tower`, `preprocess`, and in `text_cfg` the flags
 `hybrid` and `mask_padding` of our own towers.
 """
+
 import copy
-import difflib
 import math
+from pathlib import Path
 
 import open_clip
 import timm
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transformer import QuickGELU, VisionTransformer
+from safetensors.torch import load_file
 from timm.layers import BatchNormAct2d, ConvNormAct
 from timm.models import register_model
 from timm.models.fastvit import AttentionBlock, LayerScale2d, RepMixerBlock, fastvit_mci0
@@ -28,12 +30,20 @@ from torchvision.transforms import v2
 
 from . import checkpoints
 from .text import CONTEXT, HybridText, TransformerText, tokenizer
+from .utils import nearest
 
 
 @register_model
 def fastvit_jett(pretrained=False, **sizes):
     """A FastViT of MobileCLIP's MCi0 family cut to 0.7 million parameters, under this name in timm's registry."""
-    return fastvit_mci0(**{"layers": [1, 1, 2, 1], "embed_dims": [24, 48, 96, 192], "layer_scale_init_value": 0.3, **sizes})
+    return fastvit_mci0(
+        **{
+            "layers": [1, 1, 2, 1],
+            "embed_dims": [24, 48, 96, 192],
+            "layer_scale_init_value": 0.3,
+            **sizes,
+        }
+    )
 
 
 @register_model
@@ -47,30 +57,68 @@ def vit_base_mci_apple(pretrained=False, **sizes):
     return trunk
 
 
-PLAIN = {"mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bilinear"}  # MobileCLIP: [0, 1] and no more
-OPENAI = {"mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD), "interpolation": "bicubic"}
+PLAIN = {
+    "mean": [0.0] * 3,
+    "std": [1.0] * 3,
+    "interpolation": "bilinear",
+}  # MobileCLIP: [0, 1] and no more
+OPENAI = {
+    "mean": list(OPENAI_DATASET_MEAN),
+    "std": list(OPENAI_DATASET_STD),
+    "interpolation": "bicubic",
+}
 LONGCLIP_TEXT = {"width": 512, "heads": 8, "layers": 12}  # the text tower of Long-CLIP-B
-PIXELS_AT_ONCE = 4 * 256 ** 2  # in evaluation on a CPU: the activations of more do not fit its cache
+PIXELS_AT_ONCE = 4 * 256**2  # in evaluation on a CPU: the activations of more do not fit its cache
 TEXT_TOWERS = ("length_aware", "stretched", "longclip")
 
 
 def _miniature(embed_dims, width, heads):
-    return {"embed_dim": 128,
-            "vision_cfg": {"timm_model_name": "fastvit_jett", "timm_pool": "avg", "timm_proj": None, "image_size": 64,
-                           "layers": [1, 1, 2, 1], "embed_dims": embed_dims},
-            "text_cfg": {"context_length": CONTEXT, "vocab_size": 49408, "width": width, "heads": heads, "layers": 2,
-                         "hybrid": True, "mask_padding": True},
-            "text_tower": "length_aware", "preprocess": PLAIN}
+    return {
+        "embed_dim": 128,
+        "vision_cfg": {
+            "timm_model_name": "fastvit_jett",
+            "timm_pool": "avg",
+            "timm_proj": None,
+            "image_size": 64,
+            "layers": [1, 1, 2, 1],
+            "embed_dims": embed_dims,
+        },
+        "text_cfg": {
+            "context_length": CONTEXT,
+            "vocab_size": 49408,
+            "width": width,
+            "heads": heads,
+            "layers": 2,
+            "hybrid": True,
+            "mask_padding": True,
+        },
+        "text_tower": "length_aware",
+        "preprocess": PLAIN,
+    }
 
 
 def _mobileclip(name):
     """open_clip's configuration of a MobileCLIP, whose S0 has its own text tower and the image tower of MobileCLIP2-S0."""
     config = open_clip.get_model_config("MobileCLIP2-S0" if name == "MobileCLIP-S0" else name)
     if name == "MobileCLIP-S0":
-        config["text_cfg"] = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 4, "hybrid": True}
-    preprocess = PLAIN if name[-2:] in ("S0", "S1", "S2", "-B") else {**OPENAI, "interpolation": "bilinear"}
-    return {**config, "text_tower": "stretched",
-            "preprocess": {**preprocess, "interpolation": "bicubic"} if name == "MobileCLIP2-L-14" else preprocess}
+        config["text_cfg"] = {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 512,
+            "heads": 8,
+            "layers": 4,
+            "hybrid": True,
+        }
+    preprocess = (
+        PLAIN if name[-2:] in ("S0", "S1", "S2", "-B") else {**OPENAI, "interpolation": "bilinear"}
+    )
+    return {
+        **config,
+        "text_tower": "stretched",
+        "preprocess": {**preprocess, "interpolation": "bicubic"}
+        if name == "MobileCLIP2-L-14"
+        else preprocess,
+    }
 
 
 def _longclip(name):
@@ -87,11 +135,17 @@ MODELS = {
     "LongCLIP-B": _longclip("ViT-B-16-quickgelu"),
     "LongCLIP-L": _longclip("ViT-L-14-quickgelu"),
     **{f"MobileCLIP-{size}": _mobileclip(f"MobileCLIP-{size}") for size in ("S0", "S1", "S2", "B")},
-    **{name: _mobileclip(name) for name in open_clip.list_models() if name.startswith("MobileCLIP2-")},
+    **{
+        name: _mobileclip(name)
+        for name in open_clip.list_models()
+        if name.startswith("MobileCLIP2-")
+    },
 }
 for _size in ("S0", "S1", "S2", "B"):
     _config = copy.deepcopy(MODELS[f"MobileCLIP-{_size}"])
-    _config["text_cfg"] |= {"context_length": CONTEXT} | ({} if _size == "B" else {"mask_padding": True})
+    _config["text_cfg"] |= {"context_length": CONTEXT} | (
+        {} if _size == "B" else {"mask_padding": True}
+    )
     MODELS[f"JettCLIP-{_size}"] = {**_config, "text_tower": "length_aware"}
 
 
@@ -127,7 +181,11 @@ class CLIP(nn.Module):
 
     def forward(self, image, tokens):
         """-> normalised image features, normalised text features (both (B, embed_dim)), logit scale."""
-        return self.encode_image(image, True), self.encode_text(tokens, True), self.logit_scale.exp()
+        return (
+            self.encode_image(image, True),
+            self.encode_text(tokens, True),
+            self.logit_scale.exp(),
+        )
 
 
 class StridedPointwise(nn.Conv2d):
@@ -135,7 +193,12 @@ class StridedPointwise(nn.Conv2d):
     channels-last format, oneDNN's backward pass of the strided one writes where it must not, and crashes (its issue 6035)."""
 
     def forward(self, x):
-        return F.conv2d(x[:, :, ::self.stride[0], ::self.stride[1]], self.weight, self.bias, groups=self.groups)
+        return F.conv2d(
+            x[:, :, :: self.stride[0], :: self.stride[1]],
+            self.weight,
+            self.bias,
+            groups=self.groups,
+        )
 
 
 class TimmImage(nn.Module):
@@ -145,7 +208,12 @@ class TimmImage(nn.Module):
         super().__init__()
         self.trunk = timm.create_model(name, num_classes=embed_dim, global_pool=pool, **sizes)
         for module in self.trunk.modules():
-            if type(module) is nn.Conv2d and module.kernel_size == (1, 1) and module.stride != (1, 1) and module.in_channels < 16:
+            if (
+                type(module) is nn.Conv2d
+                and module.kernel_size == (1, 1)
+                and module.stride != (1, 1)
+                and module.in_channels < 16
+            ):
                 module.__class__ = StridedPointwise  # in the stem
 
     def forward(self, image):
@@ -156,9 +224,16 @@ def image_tower(config):
     vision, activation = config["vision_cfg"], QuickGELU if config.get("quick_gelu") else nn.GELU
     if "timm_model_name" in vision:
         sizes = {key: vision[key] for key in ("layers", "embed_dims") if key in vision}
-        return TimmImage(vision["timm_model_name"], config["embed_dim"], vision["timm_pool"], **sizes)
-    return VisionTransformer(mlp_ratio=4, heads=vision["width"] // 64, output_dim=config["embed_dim"],
-                             act_layer=activation, **vision)
+        return TimmImage(
+            vision["timm_model_name"], config["embed_dim"], vision["timm_pool"], **sizes
+        )
+    return VisionTransformer(
+        mlp_ratio=4,
+        heads=vision["width"] // 64,
+        output_dim=config["embed_dim"],
+        act_layer=activation,
+        **vision,
+    )
 
 
 def text_tower(config):
@@ -171,13 +246,6 @@ def text_tower(config):
 def list_models():
     """Names that `create_model` knows."""
     return sorted([*MODELS, "LongCLIP"])
-
-
-def nearest(word, words, what):
-    """A ValueError's text for an unknown `word`, naming the nearest of `words`."""
-    close = difflib.get_close_matches(str(word), [str(w) for w in words], n=1, cutoff=0.3)
-    hint = f"did you mean {close[0]!r}?" if close else ""
-    return f"{what} {word!r} is unknown: {hint} Known: {', '.join(map(str, words))}".replace(":  ", ": ")
 
 
 def model_config(name, text_tower=None, **overrides):
@@ -195,7 +263,10 @@ def model_config(name, text_tower=None, **overrides):
     for prefix in ("vision", "text"):
         part = config[f"{prefix}_cfg"]
         places |= {f"{prefix}_{key}": (part, key) for key in part if not key.startswith("timm_")}
-    places |= {"image_size": places["vision_image_size"], "context_length": places["text_context_length"]}
+    places |= {
+        "image_size": places["vision_image_size"],
+        "context_length": places["text_context_length"],
+    }
     for key, value in overrides.items():
         if key not in places:
             raise ValueError(nearest(key, places, f"override of {name}"))
@@ -208,7 +279,9 @@ def _set_text_tower(name, config, tower):
     if tower not in TEXT_TOWERS:
         raise ValueError(nearest(tower, TEXT_TOWERS, "text tower"))
     if tower != config["text_tower"] and not name.startswith("JettCLIP"):
-        raise ValueError(f"{name} has its published text tower, {config['text_tower']}; the students (JettCLIP-...) have a choice")
+        raise ValueError(
+            f"{name} has its published text tower, {config['text_tower']}; the students (JettCLIP-...) have a choice"
+        )
     text = config["text_cfg"]
     causal = not text.get("hybrid") and not text.get("no_causal_mask")
     if not causal:  # a causal tower never sees padding: stretched and length-aware are one
@@ -222,7 +295,9 @@ def _set_text_tower(name, config, tower):
     config["text_tower"] = tower
 
 
-def create_model(name, pretrained=None, device="cpu", text_tower=None, stretch="longclip", **overrides):
+def create_model(
+    name, pretrained=None, device="cpu", text_tower=None, stretch="longclip", **overrides
+):
     """Build model `name` with random weights, or with those of `pretrained`, in evaluation mode then.
 
     pretrained: a run folder or a file that the originals publish: Long-CLIP's and Apple's .pt, open_clip's safetensors,
@@ -232,17 +307,24 @@ def create_model(name, pretrained=None, device="cpu", text_tower=None, stretch="
     A run folder brings its own sizes; a model name or setting that contradicts them is refused.
     """
     if checkpoints.is_run_folder(pretrained):
-        model = checkpoints.load_folder(pretrained)
+        model = load_folder(pretrained)
         asked = {"text_tower": text_tower, **overrides}
-        if model.name != name or any(v is not None for v in asked.values()) \
-                and model.config != model_config(name, text_tower, **overrides):
-            raise ValueError(f"{pretrained} holds {model.name} with {model.config}, not {name} with {asked}: "
-                             "ask for what it holds, or train anew")
+        if (
+            model.name != name
+            or any(v is not None for v in asked.values())
+            and model.config != model_config(name, text_tower, **overrides)
+        ):
+            raise ValueError(
+                f"{pretrained} holds {model.name} with {model.config}, not {name} with {asked}: "
+                "ask for what it holds, or train anew"
+            )
         return model.to(device)
     state = None if pretrained is None else checkpoints.read_state(pretrained)
     if name == "LongCLIP":
         if state is None:
-            raise ValueError("LongCLIP has the sizes of its file: name one with pretrained=, or ask for LongCLIP-B or LongCLIP-L")
+            raise ValueError(
+                "LongCLIP has the sizes of its file: name one with pretrained=, or ask for LongCLIP-B or LongCLIP-L"
+            )
         config = {**MODELS["LongCLIP-B"], **checkpoints.longclip_sizes(state)}
     else:
         config = model_config(name, text_tower, **overrides)
@@ -255,11 +337,22 @@ def create_model(name, pretrained=None, device="cpu", text_tower=None, stretch="
     return model.to(device)
 
 
+def load_folder(folder):
+    """The model of a folder that `save_folder` wrote, in evaluation mode."""
+    saved = checkpoints.folder_config(folder)["jettclip"]
+    model = CLIP(saved["config"], saved["name"])
+    checkpoints.fill(model, load_file(Path(folder) / checkpoints.WEIGHTS), folder)
+    return model.eval()
+
+
 def transforms(config):
     """(train, validation) transforms: PIL image or uint8 tensor -> float tensor (3, S, S), scaled as `config` says."""
     size, preprocess = config["vision_cfg"]["image_size"], config["preprocess"]
     resize = {"interpolation": v2.InterpolationMode(preprocess["interpolation"]), "antialias": True}
-    end = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]  # RGB comes first: it knows PIL's modes
+    end = [
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+    ]  # RGB comes first: it knows PIL's modes
     if preprocess["mean"] != PLAIN["mean"] or preprocess["std"] != PLAIN["std"]:
         end.append(v2.Normalize(preprocess["mean"], preprocess["std"]))
     train = v2.Compose([v2.RGB(), v2.RandomResizedCrop(size, scale=(0.6, 1.0), **resize), *end])
@@ -267,7 +360,9 @@ def transforms(config):
     return train, val
 
 
-def create_model_and_transforms(name, pretrained=None, device="cpu", text_tower=None, stretch="longclip", **overrides):
+def create_model_and_transforms(
+    name, pretrained=None, device="cpu", text_tower=None, stretch="longclip", **overrides
+):
     """-> (model, preprocess_train, preprocess_val), as open_clip's function of the same name."""
     model = create_model(name, pretrained, device, text_tower, stretch, **overrides)
     return model, *transforms(model.config)

@@ -5,6 +5,7 @@ layers, a second RepMixer block. `TransformerText` is open_clip's transformer: c
 MobileCLIP-B, bidirectional in MobileCLIP-S1 and S2. Both read the feature at the end token, which has the highest id
 of all, and skip whatever cannot reach it: padding where it is masked, and most of the last layers.
 """
+
 from functools import cache
 
 import tokenizers
@@ -14,7 +15,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from torch import nn
 
-from . import runtime
+from .deploy import runtime
 
 CONTEXT = 248  # tokens that Long-CLIP reads, start and end token included
 
@@ -23,7 +24,9 @@ CONTEXT = 248  # tokens that Long-CLIP reads, start and end token included
 def byte_pairs():
     """CLIP's byte pairs, from open_clip's vocabulary -> `tokenizers.Tokenizer`, pattern that splits words."""
     known = SimpleTokenizer()
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(known.encoder, list(known.bpe_ranks), end_of_word_suffix="</w>"))
+    bpe = tokenizers.Tokenizer(
+        tokenizers.models.BPE(known.encoder, list(known.bpe_ranks), end_of_word_suffix="</w>")
+    )
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.add_special_tokens(["<start_of_text>", "<end_of_text>"])
     return bpe, known.pat.pattern
@@ -57,11 +60,15 @@ def stretch_positions(weight, length=CONTEXT, keep=20, mode="longclip"):
     if mode not in ("longclip", "exact"):
         raise ValueError(f"stretch mode {mode!r} is unknown: use 'longclip' or 'exact'")
     if not 1 <= keep < rows or (length - keep) % (rows - keep):
-        raise ValueError(f"cannot stretch {rows} positions to {length} with {keep} kept: "
-                         f"{length - keep} is not a multiple of {rows - keep}")
+        raise ValueError(
+            f"cannot stretch {rows} positions to {length} with {keep} kept: "
+            f"{length - keep} is not a multiple of {rows - keep}"
+        )
     factor = (length - keep) // (rows - keep)
     start = keep if mode == "longclip" else keep - 1
-    place = start + torch.arange(length - start, dtype=torch.float64) / factor  # where each new row lies in the old table
+    place = (
+        start + torch.arange(length - start, dtype=torch.float64) / factor
+    )  # where each new row lies in the old table
     low = place.floor().long().clamp(max=rows - 2)
     part = (place - low).to(weight).unsqueeze(1)  # above 1 beyond the last row: extrapolates
     return torch.cat([weight[:start], (1 - part) * weight[low] + part * weight[low + 1]])
@@ -76,15 +83,19 @@ class TextTower(nn.Module):
     def forward(self, tokens):
         """Tokens (B, up to context_length), 0-padded -> features (B, output_dim)."""
         if tokens.ndim != 2 or tokens.shape[1] > self.context_length:
-            raise ValueError(f"tokens of shape {tuple(tokens.shape)}: this model reads (B, up to {self.context_length}); "
-                             "use jettclip.get_tokenizer(name)")
+            raise ValueError(
+                f"tokens of shape {tuple(tokens.shape)}: this model reads (B, up to {self.context_length}); "
+                "use jettclip.get_tokenizer(name)"
+            )
         end = tokens.argmax(dim=1)
         if self.trims:
-            tokens = tokens[:, :int(end.max()) + 1]
+            tokens = tokens[:, : int(end.max()) + 1]
         else:
             tokens = F.pad(tokens, (0, self.context_length - tokens.shape[1]))
         # The whole batch in one look-up: the gradient of each is as large as the vocabulary.
-        x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]  # (B, L) -> (B, L, d)
+        x = (
+            self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+        )  # (B, L) -> (B, L, d)
         return self.encode_batch(x, end)
 
     def encode_batch(self, x, end):
@@ -103,7 +114,7 @@ def in_length_groups(encode, x, end, rows=32):
     a group's activations fit a CPU's cache.
     """
     groups = length_groups(end, rows)
-    features = torch.cat([encode(x[part, :int(end[part[-1]]) + 1], end[part]) for part in groups])
+    features = torch.cat([encode(x[part, : int(end[part[-1]]) + 1], end[part]) for part in groups])
     return features[torch.cat(groups).argsort()]
 
 
@@ -120,7 +131,9 @@ def real_tokens(x, end):
 
 def take(x, at):
     """(B, L, d) at the places (B, w) -> (B, w, d)."""
-    return x[torch.arange(x.shape[0], device=x.device).unsqueeze(1), at]  # not len(x): it would fix the size in an export
+    return x[
+        torch.arange(x.shape[0], device=x.device).unsqueeze(1), at
+    ]  # not len(x): it would fix the size in an export
 
 
 def attend(block, x, mask=None, at=None, causal=False):
@@ -132,12 +145,24 @@ def attend(block, x, mask=None, at=None, causal=False):
     heads, weight, bias = attention.num_heads, attention.in_proj_weight, attention.in_proj_bias
     h = block.ln_1(x)
     if at is None:
-        q, k, v = F.linear(h, weight, bias).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, h, L, d/h)
+        q, k, v = (
+            F.linear(h, weight, bias).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # 3 x (B, h, L, d/h)
     else:
-        q = F.linear(take(h, at), weight[:width], bias[:width]).unflatten(2, (heads, -1)).transpose(1, 2)  # (B, h, w, d/h)
-        k, v = F.linear(h, weight[width:], bias[width:]).unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+        q = (
+            F.linear(take(h, at), weight[:width], bias[:width])
+            .unflatten(2, (heads, -1))
+            .transpose(1, 2)
+        )  # (B, h, w, d/h)
+        k, v = (
+            F.linear(h, weight[width:], bias[width:])
+            .unflatten(2, (2, heads, -1))
+            .permute(2, 0, 3, 1, 4)
+        )
         x = take(x, at)
-    y = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None, :], is_causal=causal)
+    y = F.scaled_dot_product_attention(
+        q, k, v, None if mask is None else mask[:, None, None, :], is_causal=causal
+    )
     x = x + attention.out_proj(y.transpose(1, 2).flatten(2))  # (B, h, w, d/h) -> (B, w, d)
     return x + block.mlp(block.ln_2(x))
 
@@ -199,7 +224,9 @@ class TokenConv(nn.Conv2d):
         if mask is not None:
             x = x * mask.unsqueeze(2)
         x = x.transpose(1, 2).unsqueeze(2)  # (B, L, d) -> (B, d, 1, L)
-        x = F.conv2d(x, self.weight, self.bias, padding=(0, self.half if pad else 0), groups=self.groups)
+        x = F.conv2d(
+            x, self.weight, self.bias, padding=(0, self.half if pad else 0), groups=self.groups
+        )
         return x.squeeze(2).transpose(1, 2)
 
 
@@ -229,14 +256,18 @@ class RepMixerBlock(nn.Module):
 
     def forward(self, x, mask=None, pad=True):
         """x (B, L, d), mask (B, L) of real tokens -> (B, L, d), or without `pad` the inner (B, L - 2 reach, d)."""
+
         def inner(x):
-            return x if pad else x[:, self.conv.half:-self.conv.half]
+            return x if pad else x[:, self.conv.half : -self.conv.half]
+
         mixed, x = self.conv(x, mask, pad), inner(x)
         mask = None if mask is None else inner(mask)
         if self.folded:
             x = mixed
         else:
-            x = x + self.mixer_scale * (self.skip_norm(x, mask) + self.conv_norm(mixed, mask) - self.norm(x, mask))
+            x = x + self.mixer_scale * (
+                self.skip_norm(x, mask) + self.conv_norm(mixed, mask) - self.norm(x, mask)
+            )
         y, x = self.ffn_conv(x, mask, pad), inner(x)
         if not self.folded:
             y = self.ffn_norm(y, None if mask is None else inner(mask))
@@ -275,8 +306,17 @@ class HybridText(TextTower):
     MobileCLIP-S0 does.
     """
 
-    def __init__(self, context_length=CONTEXT, vocab_size=49408, width=512, heads=8, layers=4, output_dim=512,
-                 kernel_size=11, mask_padding=True):
+    def __init__(
+        self,
+        context_length=CONTEXT,
+        vocab_size=49408,
+        width=512,
+        heads=8,
+        layers=4,
+        output_dim=512,
+        kernel_size=11,
+        mask_padding=True,
+    ):
         super().__init__()
         self.context_length, self.trims = context_length, mask_padding
         self.token_embedding = nn.Embedding(vocab_size, width)
@@ -288,7 +328,7 @@ class HybridText(TextTower):
         self.text_projection = nn.Parameter(torch.empty(width, output_dim))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
-        nn.init.normal_(self.text_projection, std=width ** -0.5)
+        nn.init.normal_(self.text_projection, std=width**-0.5)
 
     def encode_batch(self, x, end):
         """In training the batch norms take the statistics of all tokens of the batch, as there is one set of them later.
@@ -301,12 +341,16 @@ class HybridText(TextTower):
         gap, groups = self.first.conv.half, length_groups(end)
         order = torch.cat(groups)
         places = end[order] + 1 + gap  # of each caption and the gap after it
-        start = torch.empty_like(end).index_copy(0, order, places.cumsum(0) - places)  # (B,) where each caption begins
+        start = torch.empty_like(end).index_copy(
+            0, order, places.cumsum(0) - places
+        )  # (B,) where each caption begins
         real = pack(real_tokens(x, end)[order].unsqueeze(2), end[order], gap).squeeze(2)  # (1, T)
         packed = self.first(pack(x[order], end[order], gap), real)  # (B, L, d) -> (1, T, d)
         attended = []
         for part in groups:
-            at = start[part].unsqueeze(1) + torch.arange(int(end[part[-1]]) + 1, device=x.device)  # (b, l)
+            at = start[part].unsqueeze(1) + torch.arange(
+                int(end[part[-1]]) + 1, device=x.device
+            )  # (b, l)
             y, mask = packed[0, at], real_tokens(at, end[part])  # (1, T, d) -> (b, l, d)
             for layer in self.layers:
                 y = attend(layer, y, mask)
@@ -324,7 +368,9 @@ class HybridText(TextTower):
             x = take(self.last(attend(self.layers[-1], x, mask), mask), end.unsqueeze(1))
         else:  # only the window that the last block's convolutions can carry to the end token
             reach = self.last.reach
-            at = end.unsqueeze(1) + torch.arange(-reach, reach + 1, device=x.device)  # (B, 2 reach + 1)
+            at = end.unsqueeze(1) + torch.arange(
+                -reach, reach + 1, device=x.device
+            )  # (B, 2 reach + 1)
             inside = (at >= 0) & (at <= (end.unsqueeze(1) if self.trims else x.shape[1] - 1))
             window = attend(self.layers[-1], x, mask, at.clamp(0, x.shape[1] - 1))
             x = self.last(window, inside, pad=False)  # (B, 2 reach + 1, d) -> (B, 1, d)

@@ -1,4 +1,5 @@
 """Shared: a small table of scenes, tiny models, and parameters moved away from their initial values."""
+
 import os
 
 import pytest
@@ -8,13 +9,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import jettclip
 from jettclip.data import PairDataset
 from jettclip.models import TEXT_TOWERS
-from jettclip.scenes import make_pairs
+from jettclip.datasets.scenes import make_pairs
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
-TINY = {"embed_dim": 16, "image_size": 32, "vision_layers": [1, 1, 1, 1],
-        "vision_embed_dims": [16, 16, 32, 32], "text_width": 16, "text_heads": 2, "text_layers": 1}
+TINY = {
+    "embed_dim": 16,
+    "image_size": 32,
+    "vision_layers": [1, 1, 1, 1],
+    "vision_embed_dims": [16, 16, 32, 32],
+    "text_width": 16,
+    "text_heads": 2,
+    "text_layers": 1,
+}
 MODELS_AND_TOWERS = [("LongCLIP-T", None), *(("JettCLIP-T", tower) for tower in TEXT_TOWERS)]
 
 

@@ -2,6 +2,7 @@
 
 A tensor's value is a function of its key, so a checkpoint of hundreds of megabytes is a table of keys and shapes.
 """
+
 import json
 import math
 import zlib
@@ -57,5 +58,5 @@ def longclip_tokens(name, n):
     for row in tokens:
         length = random.randint(shortest, longest)
         row[0], row[length - 1] = 49406, 49407
-        row[1:length - 1] = torch.from_numpy(random.randint(1, 49000, length - 2))
+        row[1 : length - 1] = torch.from_numpy(random.randint(1, 49000, length - 2))
     return tokens

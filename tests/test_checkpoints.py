@@ -1,4 +1,5 @@
 """Published files compute what their authors' code computes, folders give back what was saved, bad files are refused."""
+
 import io
 import json
 import os
@@ -17,10 +18,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import jettclip
 from jettclip import evaluate
-from jettclip.checkpoints import file_hash, load_folder, save_folder, write_json, write_then_rename
+from jettclip.models import load_folder
+from jettclip.checkpoints import file_hash, save_folder, write_json, write_then_rename
 from jettclip.evaluate import retrieval
 from jettclip.models import transforms
-from jettclip.scenes import make_pairs
+from jettclip.datasets.scenes import make_pairs
 from jettclip.text import stretch_positions
 
 
@@ -29,7 +31,7 @@ def outputs(model):
     size = model.image_size
     tokens = jettclip.get_tokenizer(model.name)(["a red ring", "a large blue star, " * 20])
     with torch.inference_mode():
-        return *model(torch.rand(2, 3, size, size), tokens),
+        return (*model(torch.rand(2, 3, size, size), tokens),)
 
 
 @pytest.mark.parametrize("name, tower", MODELS_AND_TOWERS)
@@ -50,7 +52,9 @@ def test_round_trip(name, tower, tmp_path):
 def test_config_is_what_open_clip_expects(tmp_path):
     save_folder(tiny_model(), tmp_path)
     saved = json.loads((tmp_path / "open_clip_config.json").read_text())
-    assert saved["model_cfg"]["embed_dim"] == TINY["embed_dim"] and saved["model_cfg"]["custom_text"]
+    assert (
+        saved["model_cfg"]["embed_dim"] == TINY["embed_dim"] and saved["model_cfg"]["custom_text"]
+    )
     assert saved["preprocess_cfg"]["mean"] == [0, 0, 0]
     assert saved["preprocess_cfg"]["size"] == TINY["image_size"]
 
@@ -105,7 +109,11 @@ def test_a_failing_write_keeps_the_old_file(tmp_path):
 
 # ---- files of other people
 
-SMALL_TEXT = {"text_width": 64, "text_heads": 1, "text_layers": 2}  # image towers at full size, text towers cut down
+SMALL_TEXT = {
+    "text_width": 64,
+    "text_heads": 1,
+    "text_layers": 2,
+}  # image towers at full size, text towers cut down
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +125,11 @@ def tiny_file(tmp_path_factory):
 
 
 def cosine(features, reference):
-    return F.cosine_similarity(features.double(), torch.from_numpy(reference).double(), dim=1).min().item()
+    return (
+        F.cosine_similarity(features.double(), torch.from_numpy(reference).double(), dim=1)
+        .min()
+        .item()
+    )
 
 
 @pytest.mark.parametrize("size, tolerance", [("s0", 1e-5), ("s1", 1e-4), ("s2", 1e-4), ("b", 1e-5)])
@@ -131,12 +143,18 @@ def test_mobileclip_computes_what_apples_code_computes(size, tolerance, tmp_path
     with torch.inference_mode():
         assert cosine(model.encode_image(images), golden[f"{name}/image_features"]) > 1 - tolerance
         assert cosine(model.encode_text(tokens), golden[f"{name}/text_features"]) > 1 - 1e-5
-        assert cosine(folded.encode_image(images), golden[f"{name}/reparam_image_features"]) > 1 - 1e-4
-        assert cosine(folded.encode_text(tokens), golden[f"{name}/reparam_text_features"]) > 1 - 1e-4
+        assert (
+            cosine(folded.encode_image(images), golden[f"{name}/reparam_image_features"]) > 1 - 1e-4
+        )
+        assert (
+            cosine(folded.encode_text(tokens), golden[f"{name}/reparam_text_features"]) > 1 - 1e-4
+        )
     if size == "s2":
         return  # no values were recorded at 248 tokens
     golden = np.load(GOLDEN / "jettclip_text248_seed0.npz")
-    student = jettclip.create_model(f"JettCLIP-{size.upper()}", tmp_path / "apple.pt", text_tower="stretched")
+    student = jettclip.create_model(
+        f"JettCLIP-{size.upper()}", tmp_path / "apple.pt", text_tower="stretched"
+    )
     with torch.inference_mode():
         features = student.encode_text(torch.from_numpy(golden[f"{name}/tokens248"]))
         assert torch.equal(student.encode_image(images), model.encode_image(images))
@@ -150,7 +168,10 @@ def test_longclip_computes_what_the_published_code_computes(name, tmp_path):
     model = jettclip.create_model(name, tmp_path / "longclip-B.pt")
     assert model.config["vision_cfg"]["image_size"] == 224 and model.context_length == 248
     with torch.inference_mode():
-        assert cosine(model.encode_image(drawn("image", 2, 3, 224, 224)), golden["image_features"]) > 1 - 1e-5
+        assert (
+            cosine(model.encode_image(drawn("image", 2, 3, 224, 224)), golden["image_features"])
+            > 1 - 1e-5
+        )
         for caption in ("long", "short"):
             features = model.encode_text(longclip_tokens(caption, 2))
             assert cosine(features, golden[f"{caption}_features"]) > 1 - 1e-5
@@ -158,6 +179,7 @@ def test_longclip_computes_what_the_published_code_computes(name, tmp_path):
 
 def test_openai_archive_is_read_when_it_is_named_as_such(tmp_path):
     """OpenAI's files are TorchScript of 77 tokens; Long-CLIP starts from one with its positions stretched."""
+
     class Node(torch.nn.Module):
         def forward(self, x):
             return x
@@ -175,7 +197,10 @@ def test_openai_archive_is_read_when_it_is_named_as_such(tmp_path):
         node.register_parameter(leaf, torch.nn.Parameter(value.half().float()))
     path = tmp_path / "ViT-tiny.pt"
     torch.jit.script(root).save(path)
-    with pytest.raises(ValueError, match=f"TorchScript archive: if it is OpenAI's, write pretrained='openai:{path}'"):
+    with pytest.raises(
+        ValueError,
+        match=f"TorchScript archive: if it is OpenAI's, write pretrained='openai:{path}'",
+    ):
         jettclip.create_model("LongCLIP", path)
     original = jettclip.create_model("LongCLIP", f"openai:{path}")
     assert original.context_length == 77 and not original.training
@@ -195,17 +220,31 @@ def test_positions_of_a_77_token_file_are_stretched(tmp_path):
 def test_two_files_one_for_each_tower(tmp_path, tiny_file):
     torch.save(state_dict("mobileclip_s0"), tmp_path / "s0.pt")
     with pytest.raises(ValueError, match="of another shape is text.text_projection"):
-        jettclip.create_model("JettCLIP-S0", {"image": tmp_path / "s0.pt", "text": tiny_file}, text_tower="longclip",
-                              text_width=64, text_heads=1, text_layers=3)
+        jettclip.create_model(
+            "JettCLIP-S0",
+            {"image": tmp_path / "s0.pt", "text": tiny_file},
+            text_tower="longclip",
+            text_width=64,
+            text_heads=1,
+            text_layers=3,
+        )
     state = state_dict("longclip_tiny")
     state["text_projection"] = torch.randn(64, 512)
     torch.save(state, tmp_path / "text.pt")
-    student = jettclip.create_model("JettCLIP-S0", {"image": tmp_path / "s0.pt", "text": tmp_path / "text.pt"},
-                                    text_tower="longclip", text_width=64, text_heads=1, text_layers=3)
+    student = jettclip.create_model(
+        "JettCLIP-S0",
+        {"image": tmp_path / "s0.pt", "text": tmp_path / "text.pt"},
+        text_tower="longclip",
+        text_width=64,
+        text_heads=1,
+        text_layers=3,
+    )
     alone = jettclip.create_model("MobileCLIP-S0", tmp_path / "s0.pt")
     assert torch.equal(student.text.text_projection, state["text_projection"])
     assert torch.equal(student.visual.trunk.head.fc.weight, alone.visual.trunk.head.fc.weight)
-    with pytest.raises(ValueError, match="pretrained has the keys image, txt: a pair of files has image and text"):
+    with pytest.raises(
+        ValueError, match="pretrained has the keys image, txt: a pair of files has image and text"
+    ):
         jettclip.create_model("JettCLIP-S0", {"image": tmp_path / "s0.pt", "txt": tiny_file})
 
 
@@ -221,18 +260,31 @@ class Malicious:
 
 def test_a_pickle_is_never_executed(tmp_path):
     torch.save({"text_projection": Malicious(tmp_path / "was-here")}, tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match="is refused: it holds more than tensors.*nothing of it was run"):
+    with pytest.raises(
+        ValueError, match="is refused: it holds more than tensors.*nothing of it was run"
+    ):
         jettclip.create_model("LongCLIP", tmp_path / "bad.pt")
     assert not (tmp_path / "was-here").exists()
     torch.load(tmp_path / "bad.pt", weights_only=False)
     assert (tmp_path / "was-here").exists()  # it would have
 
 
-@pytest.mark.parametrize("name, content, problem", [
-    ("a.pt", b"", "no whole checkpoint"), ("a.safetensors", b"\x00" * 20, "no whole checkpoint"),
-    ("a.pt", "half", "no whole checkpoint"), ("a.pt", [1, 2], "holds no state dict"), ("a.pt", {}, "holds no state dict"),
-    ("a.pt", {"step": 3}, "holds no state dict"), ("a.pt", {"weight": torch.ones(1)}, "no Long-CLIP checkpoint: it has no 'visual.conv1.weight'"),
-])
+@pytest.mark.parametrize(
+    "name, content, problem",
+    [
+        ("a.pt", b"", "no whole checkpoint"),
+        ("a.safetensors", b"\x00" * 20, "no whole checkpoint"),
+        ("a.pt", "half", "no whole checkpoint"),
+        ("a.pt", [1, 2], "holds no state dict"),
+        ("a.pt", {}, "holds no state dict"),
+        ("a.pt", {"step": 3}, "holds no state dict"),
+        (
+            "a.pt",
+            {"weight": torch.ones(1)},
+            "no Long-CLIP checkpoint: it has no 'visual.conv1.weight'",
+        ),
+    ],
+)
 def test_files_that_are_no_checkpoint(name, content, problem, tmp_path, tiny_file):
     path = tmp_path / name
     if content == "half":
@@ -248,11 +300,19 @@ def test_files_that_are_no_checkpoint(name, content, problem, tmp_path, tiny_fil
 def test_keys_that_do_not_fit_are_named(tmp_path, tiny_file):
     state = state_dict("longclip_tiny")
     del state["ln_final.bias"], state["visual.proj"]
-    torch.save({**state, "visual.proj": torch.ones(2, 2), "text_head": torch.ones(1)}, tmp_path / "odd.pt")
-    with pytest.raises(ValueError, match=r"does not fit LongCLIP .*it lacks text.ln_final.bias; it has, left over, text.text_head; "
-                                         r"of another shape is visual.proj \(2, 2\), here \(128, 48\)"):
+    torch.save(
+        {**state, "visual.proj": torch.ones(2, 2), "text_head": torch.ones(1)}, tmp_path / "odd.pt"
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"does not fit LongCLIP .*it lacks text.ln_final.bias; it has, left over, text.text_head; "
+        r"of another shape is visual.proj \(2, 2\), here \(128, 48\)",
+    ):
         jettclip.create_model("LongCLIP", tmp_path / "odd.pt")
-    with pytest.raises(ValueError, match="does not fit JettCLIP-T .*it lacks .* and [0-9]+ more; it has, left over, .* and [0-9]+ more"):
+    with pytest.raises(
+        ValueError,
+        match="does not fit JettCLIP-T .*it lacks .* and [0-9]+ more; it has, left over, .* and [0-9]+ more",
+    ):
         jettclip.create_model("JettCLIP-T", tiny_file)
     with pytest.raises(ValueError, match="LongCLIP has the sizes of its file"):
         jettclip.create_model("LongCLIP")
@@ -260,9 +320,18 @@ def test_keys_that_do_not_fit_are_named(tmp_path, tiny_file):
 
 # ---- open_clip and clip_benchmark read what we write
 
-@pytest.mark.parametrize("name, tower, sizes", [
-    ("JettCLIP-S1", "stretched", SMALL_TEXT), ("JettCLIP-S2", "longclip", SMALL_TEXT), ("JettCLIP-B", "stretched", SMALL_TEXT),
-    ("JettCLIP-T", "longclip", {}), ("MobileCLIP2-S0", None, SMALL_TEXT), ("LongCLIP-B", None, SMALL_TEXT | {"vision_layers": 2})])
+
+@pytest.mark.parametrize(
+    "name, tower, sizes",
+    [
+        ("JettCLIP-S1", "stretched", SMALL_TEXT),
+        ("JettCLIP-S2", "longclip", SMALL_TEXT),
+        ("JettCLIP-B", "stretched", SMALL_TEXT),
+        ("JettCLIP-T", "longclip", {}),
+        ("MobileCLIP2-S0", None, SMALL_TEXT),
+        ("LongCLIP-B", None, SMALL_TEXT | {"vision_layers": 2}),
+    ],
+)
 def test_folder_opens_in_open_clip(name, tower, sizes, tmp_path):
     model = randomise(jettclip.create_model(name, text_tower=tower, **sizes))
     save_folder(model, tmp_path)
@@ -270,7 +339,9 @@ def test_folder_opens_in_open_clip(name, tower, sizes, tmp_path):
     texts = ["a red ring", "a large blue star on the left, " * 20]
     tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path}")(texts)
     assert torch.equal(tokens, jettclip.get_tokenizer(name)(texts))
-    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 280, 3), dtype=np.uint8))
+    photo = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (300, 280, 3), dtype=np.uint8)
+    )
     images = torch.stack([preprocess(photo), preprocess(photo.rotate(90))])
     assert (transforms(model.config)[1](photo) - images[0]).abs().max() < 1e-6
     with torch.inference_mode():
@@ -286,8 +357,12 @@ def test_open_clip_refuses_a_text_tower_of_ours(tower, tmp_path):
 
 
 def test_someone_elses_open_clip_folder(tmp_path):
-    other = open_clip.CLIP(48, {"image_size": 64, "patch_size": 16, "width": 128, "layers": 2},
-                           {"context_length": 248, "width": 64, "heads": 1, "layers": 2}, quick_gelu=True)
+    other = open_clip.CLIP(
+        48,
+        {"image_size": 64, "patch_size": 16, "width": 128, "layers": 2},
+        {"context_length": 248, "width": 64, "heads": 1, "layers": 2},
+        quick_gelu=True,
+    )
     (tmp_path / "open_clip_config.json").write_text("{}")
     save_file(other.state_dict(), tmp_path / "open_clip_model.safetensors")
     model = jettclip.create_model("LongCLIP", tmp_path)
@@ -296,24 +371,41 @@ def test_someone_elses_open_clip_folder(tmp_path):
         assert (model.encode_text(tokens) - other.eval().encode_text(tokens)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("name, sizes", [("JettCLIP-T", TINY), ("LongCLIP-T", {}), ("JettCLIP-S0", SMALL_TEXT)])
+@pytest.mark.parametrize(
+    "name, sizes", [("JettCLIP-T", TINY), ("LongCLIP-T", {}), ("JettCLIP-S0", SMALL_TEXT)]
+)
 def test_clip_benchmark_evaluates_our_models(name, sizes, monkeypatch):
-    monkeypatch.setattr(evaluate, "TIE", 0.0)  # an untrained model's similarities hardly differ, and clip_benchmark tells them apart
+    monkeypatch.setattr(
+        evaluate, "TIE", 0.0
+    )  # an untrained model's similarities hardly differ, and clip_benchmark tells them apart
     model, _, preprocess = jettclip.create_model_and_transforms(name, **sizes)
     randomise(model)
     tokenizer, table = jettclip.get_tokenizer(name), make_pairs(12, seed=0)
     photos = torch.stack([preprocess(Image.open(io.BytesIO(image))) for image in table.image])
-    batches = [(photos[i:i + 4], [[caption] for caption in table.long[i:i + 4]]) for i in range(0, 12, 4)]
-    theirs = zeroshot_retrieval.evaluate(model, batches, tokenizer, "cpu", amp=False, recall_k_list=[1, 5])
+    batches = [
+        (photos[i : i + 4], [[caption] for caption in table.long[i : i + 4]])
+        for i in range(0, 12, 4)
+    ]
+    theirs = zeroshot_retrieval.evaluate(
+        model, batches, tokenizer, "cpu", amp=False, recall_k_list=[1, 5]
+    )
     with torch.inference_mode():
-        ours = retrieval(model.encode_image(photos, True), model.encode_text(tokenizer(list(table.long)), True))
+        ours = retrieval(
+            model.encode_image(photos, True), model.encode_text(tokenizer(list(table.long)), True)
+        )
     ours = ours.set_index("metric").value
-    for metric, key in (("t2i_r1", "image_retrieval_recall@1"), ("t2i_r5", "image_retrieval_recall@5"),
-                        ("i2t_r1", "text_retrieval_recall@1"), ("i2t_r5", "text_retrieval_recall@5")):
+    for metric, key in (
+        ("t2i_r1", "image_retrieval_recall@1"),
+        ("t2i_r5", "image_retrieval_recall@5"),
+        ("i2t_r1", "text_retrieval_recall@1"),
+        ("i2t_r5", "text_retrieval_recall@5"),
+    ):
         assert ours[metric] == pytest.approx(theirs[key], abs=1e-6)
     labels = DataLoader(TensorDataset(photos, torch.arange(12) % 2), batch_size=4)
     labels.dataset.classes = ["circle", "star"]
-    accuracy = zeroshot_classification.evaluate(model, labels, tokenizer, labels.dataset.classes, ["a {c}."], "cpu", amp=False)
+    accuracy = zeroshot_classification.evaluate(
+        model, labels, tokenizer, labels.dataset.classes, ["a {c}."], "cpu", amp=False
+    )
     with torch.inference_mode():
         classes = model.encode_text(tokenizer(["a circle.", "a star."]), True)
         right = (model.encode_image(photos, True) @ classes.T).argmax(dim=1) == torch.arange(12) % 2

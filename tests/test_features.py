@@ -1,4 +1,5 @@
 """Cached features are the teacher's own, a cache is never taken for another, and a killed build goes on."""
+
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ from conftest import tiny_model
 from jettclip.checkpoints import file_hash, save_folder, write_json
 from jettclip.data import PairDataset, draw_crops
 from jettclip.features import FeatureCache, fingerprint, start
-from jettclip.scenes import make_pairs
+from jettclip.datasets.scenes import make_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("image.npy", "long.npy", "short.npy", "crops.npy", "manifest.json")
@@ -53,8 +54,14 @@ def make_data():
 
 def build(folder, data, teacher=None, teacher_hash="t", **arguments):
     table, dataset = data
-    return FeatureCache.build(folder, teacher or StubTeacher(), teacher_hash, table, dataset,
-                              **{"batch_size": 1, "report": lambda line: None, **arguments})
+    return FeatureCache.build(
+        folder,
+        teacher or StubTeacher(),
+        teacher_hash,
+        table,
+        dataset,
+        **{"batch_size": 1, "report": lambda line: None, **arguments},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +92,11 @@ def test_rows_are_the_teachers_features(table, tmp_path):
     rows, ks = torch.tensor([5, 23, 0, 5]), torch.tensor([1, 0, 2, 2])
     images = torch.stack([dataset[row, k][2] for row, k in zip(rows.tolist(), ks.tolist())])
     with torch.inference_mode():
-        direct = (teacher.encode_image(images, True), teacher.encode_text(dataset.long[rows], True),
-                  teacher.encode_text(dataset.short[rows], True))
+        direct = (
+            teacher.encode_image(images, True),
+            teacher.encode_text(dataset.long[rows], True),
+            teacher.encode_text(dataset.short[rows], True),
+        )
     for stored, own in zip(cache.rows(rows, ks), direct):
         assert stored.dtype == torch.float32 and torch.allclose(stored, own, atol=1e-3)
         assert torch.allclose(stored.norm(dim=1), torch.ones(4), atol=1e-3)
@@ -105,12 +115,13 @@ def test_another_teacher_or_data_is_refused(finished, data):
     recaptioned = table.assign(long=table.long + " More.")
     fewer = table.head(9), PairDataset(table.head(9), 16)
     for refused, problem in (
-            (lambda: build(finished, data, teacher_hash="u"), r"teacher \(cached 't', asked 'u'\)"),
-            (lambda: build(finished, (shuffled, dataset)), "another data"),
-            (lambda: build(finished, (recaptioned, dataset)), "another data"),
-            (lambda: build(finished, (table, shifted)), "another crops"),
-            (lambda: build(finished, fewer), r"rows \(cached 23, asked 9\)"),
-            (lambda: FeatureCache.open(finished, rows=22), r"asked 22\): delete the folder")):
+        (lambda: build(finished, data, teacher_hash="u"), r"teacher \(cached 't', asked 'u'\)"),
+        (lambda: build(finished, (shuffled, dataset)), "another data"),
+        (lambda: build(finished, (recaptioned, dataset)), "another data"),
+        (lambda: build(finished, (table, shifted)), "another crops"),
+        (lambda: build(finished, fewer), r"rows \(cached 23, asked 9\)"),
+        (lambda: FeatureCache.open(finished, rows=22), r"asked 22\): delete the folder"),
+    ):
         with pytest.raises(ValueError, match=problem):
             refused()
 
@@ -125,7 +136,10 @@ def test_broken_features_are_refused(value, data, tmp_path):
     teacher = StubTeacher()
     teacher.text_map[:] = value
     for _ in range(2):
-        with pytest.raises(ValueError, match=f"1 rows of the teacher's long features are not finite .*of {data[0].key[0][:6]}"):
+        with pytest.raises(
+            ValueError,
+            match=f"1 rows of the teacher's long features are not finite .*of {data[0].key[0][:6]}",
+        ):
             build(tmp_path, data, teacher)
         assert not (tmp_path / "manifest.json").exists()
 
@@ -141,13 +155,19 @@ def test_damaged_files_are_refused(name, finished, tmp_path):
     cache.verify()
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(ValueError, match=f"the files {name} of .* are not what was written: delete the folder"):
+    with pytest.raises(
+        ValueError, match=f"the files {name} of .* are not what was written: delete the folder"
+    ):
         FeatureCache.open(tmp_path / "cache").verify()
     file.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=f"{name}.npy of a finished feature cache is missing or cut short"):
+    with pytest.raises(
+        ValueError, match=f"{name}.npy of a finished feature cache is missing or cut short"
+    ):
         FeatureCache.open(tmp_path / "cache")
     file.unlink()
-    with pytest.raises(ValueError, match=f"{name}.npy of a finished feature cache is missing or cut short"):
+    with pytest.raises(
+        ValueError, match=f"{name}.npy of a finished feature cache is missing or cut short"
+    ):
         FeatureCache.open(tmp_path / "cache")
 
 
@@ -164,13 +184,20 @@ except OSError as error:
 
 
 def run_python(code, *arguments):
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+    )
 
 
 def test_full_disk(finished, data, tmp_path):
     said = run_python(FULL, tmp_path).stdout
-    assert f"no room for 0.000 GB of teacher features in {tmp_path}" in said and "free some, or store fewer augmentations" in said
+    assert (
+        f"no room for 0.000 GB of teacher features in {tmp_path}" in said
+        and "free some, or store fewer augmentations" in said
+    )
     assert list(tmp_path.iterdir()) == []
     build(tmp_path, data)
     assert contents(tmp_path) == contents(finished)
@@ -205,7 +232,7 @@ def test_killed_build_goes_on(finished, data, tmp_path):
 PROCESSES = """
 import sys
 from pathlib import Path
-from jettclip.parallel import in_processes
+from jettclip.distributed import in_processes
 from test_features import StubTeacher, build, make_data
 
 in_processes(lambda folder, report: build(folder, make_data(), StubTeacher(), report=report), Path(sys.argv[1]))
@@ -215,8 +242,21 @@ in_processes(lambda folder, report: build(folder, make_data(), StubTeacher(), re
 def test_processes_share_the_work(finished, data, tmp_path):
     interrupt(tmp_path / "cache", data)  # by one process, and goes on in two
     (tmp_path / "job.py").write_text(PROCESSES)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "job.py",
-                           tmp_path / "cache"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            tmp_path / "job.py",
+            tmp_path / "cache",
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("teacher features: batch")
     assert contents(tmp_path / "cache") == contents(finished)
@@ -224,6 +264,7 @@ def test_processes_share_the_work(finished, data, tmp_path):
 
 def interrupt(folder, data, **arguments):
     """Start a build that stops in its 31st image batch, after 20 are done."""
+
     def stop(call):
         if call == 31:
             raise KeyboardInterrupt
@@ -254,9 +295,20 @@ def test_progress_without_its_files_is_not_trusted(finished, data, tmp_path):
 def test_a_job_from_files(table, finished, tmp_path):
     table.to_parquet(tmp_path / "train.parquet")
     save_folder(tiny_model().eval(), tmp_path / "student")
-    job = {"folder": str(tmp_path / "cache"), "data": str(tmp_path / "train.parquet"), "teacher": str(tmp_path / "student"),
-           "augmentations": 2, "smallest_crop": 0.5, "flip": True, "seed": 3, "batch_size": 8}
+    job = {
+        "folder": str(tmp_path / "cache"),
+        "data": str(tmp_path / "train.parquet"),
+        "teacher": str(tmp_path / "student"),
+        "augmentations": 2,
+        "smallest_crop": 0.5,
+        "flip": True,
+        "seed": 3,
+        "batch_size": 8,
+    }
     write_json(tmp_path / "job.json", job)
     cache = start(tmp_path / "job.json")
     assert cache.image.shape == (24, 2, 16) and len(np.unique(cache.crops[..., 0])) == 48
-    assert FeatureCache.open(tmp_path / "cache", teacher=file_hash(tmp_path / "student")).manifest == cache.manifest
+    assert (
+        FeatureCache.open(tmp_path / "cache", teacher=file_hash(tmp_path / "student")).manifest
+        == cache.manifest
+    )

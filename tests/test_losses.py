@@ -1,4 +1,5 @@
 """Losses against the published code's values, exact linear algebra, and batches worked out by hand."""
+
 import math
 
 import numpy as np
@@ -9,7 +10,15 @@ from golden_values import GOLDEN, drawn, longclip_tokens, state_dict
 from golden_values import LONGCLIP_TINY as LONGCLIP
 
 import jettclip
-from jettclip.losses import METHODS, Heads, Part, contrastive_loss, distill_loss, primary_components, total_loss
+from jettclip.losses import (
+    METHODS,
+    Heads,
+    Part,
+    contrastive_loss,
+    distill_loss,
+    primary_components,
+    total_loss,
+)
 
 LOSSES = np.load(GOLDEN / "losses_seed0.npz")
 
@@ -24,6 +33,7 @@ def relative(value, reference):
 
 
 # ---- primary components
+
 
 def by_svd(features, k):
     mean = features.mean(dim=0, keepdim=True)
@@ -69,7 +79,10 @@ def test_gradient_stays_finite(name):
     components = primary_components(features, 5)
     (components * drawn("weights", *features.shape)).sum().backward()
     assert torch.isfinite(components).all() and torch.isfinite(features.grad).all()
-    if name not in ("equal singular values", "duplicated rows"):  # rank below 5: nothing is left out
+    if name not in (
+        "equal singular values",
+        "duplicated rows",
+    ):  # rank below 5: nothing is left out
         assert torch.allclose(components, features, atol=1e-5)
         assert features.grad.norm() < 1e3
 
@@ -101,6 +114,7 @@ def test_components_of_half_precision():
 
 # ---- contrastive
 
+
 def test_contrastive_by_hand():
     """Cosines [[1, 0], [0.6, 0.8]] times 5."""
     image, text = torch.tensor([[2.0, 0.0], [0.6, 0.8]]), torch.tensor([[7.0, 0.0], [0.0, 0.1]])
@@ -117,7 +131,9 @@ def test_label_smoothing_by_hand():
 
 
 def test_contrastive_agrees_with_published_code():
-    loss = contrastive_loss(drawn("s_img", 24, 32), drawn("s_txt", 24, 32), 1 / 0.07, label_smoothing=0.1)
+    loss = contrastive_loss(
+        drawn("s_img", 24, 32), drawn("s_txt", 24, 32), 1 / 0.07, label_smoothing=0.1
+    )
     assert loss.item() == pytest.approx(golden("jett/CRD/contrastive").item(), abs=1e-5)
     loss = contrastive_loss(drawn("s_img", 24, 32), drawn("s_txt", 24, 32), 1 / 0.07)
     assert loss.item() == pytest.approx(golden("clipkd/same/task").item(), abs=1e-5)
@@ -133,7 +149,12 @@ SCALES = {"student_scale": 1 / 0.07, "teacher_scale": 100.0}
 def golden_heads(width, method):
     """The learned maps that the recorded values were computed with; drawn ones are 0 in no place, so they all count."""
     heads = Heads(method, 32, width)
-    names = {"image": "visual_proj", "text": "text_proj", "fuse_image": "visual_fusion_proj", "fuse_text": "text_fusion_proj"}
+    names = {
+        "image": "visual_proj",
+        "text": "text_proj",
+        "fuse_image": "visual_fusion_proj",
+        "fuse_text": "text_fusion_proj",
+    }
     for ours, theirs in names.items():
         for part in ("weight", "bias"):
             name = f"clipkd/{'same' if width == 32 else 'wide'}/param/{theirs}.{part}"
@@ -142,13 +163,20 @@ def golden_heads(width, method):
     return heads
 
 
-@pytest.mark.parametrize("width, method", [(32, method) for method in ("crd", "fd", "icl", "cross_kd", "gd", "afd")]
-                         + [(48, method) for method in ("crd", "fd", "icl", "cross_kd")])
+@pytest.mark.parametrize(
+    "width, method",
+    [(32, method) for method in ("crd", "fd", "icl", "cross_kd", "gd", "afd")]
+    + [(48, method) for method in ("crd", "fd", "icl", "cross_kd")],
+)
 def test_distillation_agrees_with_clip_kd(width, method):
     kind = "same" if width == 32 else "wide"
-    teacher = [F.normalize(drawn(f"{name}_{kind}", 24, width), dim=1) for name in ("t_img", "t_txt")]
+    teacher = [
+        F.normalize(drawn(f"{name}_{kind}", 24, width), dim=1) for name in ("t_img", "t_txt")
+    ]
     image = STUDENT[0].clone().requires_grad_()
-    loss = distill_loss(method, image, STUDENT[1], *teacher, heads=golden_heads(width, method), **SCALES)
+    loss = distill_loss(
+        method, image, STUDENT[1], *teacher, heads=golden_heads(width, method), **SCALES
+    )
     loss.backward()
     assert loss.item() == pytest.approx(golden(f"clipkd/{kind}/{method}").item(), abs=1e-5)
     assert relative(image.grad, golden(f"clipkd/{kind}/{method}/grad_s_img")) < 1e-4
@@ -157,7 +185,10 @@ def test_distillation_agrees_with_clip_kd(width, method):
 def test_cross_entropy_form_agrees_with_mobileclip():
     loss = distill_loss("crd_ce", *STUDENT, *TEACHER, **SCALES)
     assert loss.item() == pytest.approx(golden("mobileclip/distill").item(), abs=1e-5)
-    two = [torch.cat([F.normalize(part, dim=1) for part in side.split([20, 12], 1)], 1) for side in TEACHER]
+    two = [
+        torch.cat([F.normalize(part, dim=1) for part in side.split([20, 12], 1)], 1)
+        for side in TEACHER
+    ]
     loss = distill_loss("crd_ce", *STUDENT, *two, teacher_widths=[20, 12], **SCALES)
     assert loss.item() == pytest.approx(golden("mobileclip/distill_ensemble").item(), abs=1e-5)
 
@@ -166,23 +197,35 @@ def test_cross_entropy_form_agrees_with_mobileclip():
 def test_total_agrees_with_the_first_jettclip(name, method, factor):
     """Its FD is half the summed squares, here it is their mean: 32 / 2 times smaller."""
     image = STUDENT[0].clone().requires_grad_()
-    _, terms = total_loss((image, STUDENT[1], None), (*TEACHER, None), 1 / 0.07, method=method, pairs="long",
-                          weights=(1, 0, factor, 0))
+    _, terms = total_loss(
+        (image, STUDENT[1], None),
+        (*TEACHER, None),
+        1 / 0.07,
+        method=method,
+        pairs="long",
+        weights=(1, 0, factor, 0),
+    )
     terms["distill_long"].backward()
     for term, reference in (("contrastive_long", "contrastive"), ("distill_long", "distill")):
-        assert terms[term].item() == pytest.approx(golden(f"jett/{name}/{reference}").item(), abs=1e-5)
+        assert terms[term].item() == pytest.approx(
+            golden(f"jett/{name}/{reference}").item(), abs=1e-5
+        )
     assert relative(image.grad, golden(f"jett/{name}/grad_s_img")) < 1e-4
 
 
 def test_sum_of_methods():
     fd, crd = (distill_loss(method, *STUDENT, *TEACHER, **SCALES) for method in ("fd", "crd"))
     assert torch.allclose(distill_loss("crd+fd", *STUDENT, *TEACHER, **SCALES), crd + fd)
-    weighted = distill_loss("fd+crd", *STUDENT, *TEACHER, **SCALES, weights={"fd": 10.0, "crd": 0.5})
+    weighted = distill_loss(
+        "fd+crd", *STUDENT, *TEACHER, **SCALES, weights={"fd": 10.0, "crd": 0.5}
+    )
     assert torch.allclose(weighted, 0.5 * crd + 10 * fd)
     assert distill_loss("none", *STUDENT, *TEACHER, **SCALES) == 0
 
 
-@pytest.mark.parametrize("method, nearest", [("crdd", "'crd'"), ("crd+fdd", "'fd'"), ("non", "'none'")])
+@pytest.mark.parametrize(
+    "method, nearest", [("crdd", "'crd'"), ("crd+fdd", "'fd'"), ("non", "'none'")]
+)
 def test_unknown_method(method, nearest):
     with pytest.raises(ValueError, match=f"distillation method .* did you mean {nearest}"):
         distill_loss(method, *STUDENT, *TEACHER, **SCALES)
@@ -200,14 +243,20 @@ def test_relational_distillation_by_hand():
     scales = {"student_scale": 3.0, "teacher_scale": 1.0}
     assert distill_loss("rd", eye, eye, eye, eye, **scales).item() == pytest.approx(0, abs=1e-6)
     # the text side is swapped: its rows find the other teacher, of image and of text
-    assert distill_loss("rd", eye, swapped, eye, eye, **scales).item() == pytest.approx(2 * apart, rel=1e-5)
+    assert distill_loss("rd", eye, swapped, eye, eye, **scales).item() == pytest.approx(
+        2 * apart, rel=1e-5
+    )
     # the teacher's text as well: texts agree with texts as images do with images, and both cross ways are swapped alike
-    assert distill_loss("rd", eye, swapped, eye, swapped, **scales).item() == pytest.approx(0, abs=1e-6)
+    assert distill_loss("rd", eye, swapped, eye, swapped, **scales).item() == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_what_is_needed_is_asked_for():
     wide = [F.normalize(drawn(name, 24, 48), dim=1) for name in ("a", "b")]
-    with pytest.raises(ValueError, match="width 32 and teacher features of width 48: give distill_loss heads"):
+    with pytest.raises(
+        ValueError, match="width 32 and teacher features of width 48: give distill_loss heads"
+    ):
         distill_loss("fd", *STUDENT, *wide, **SCALES)
     assert torch.isfinite(distill_loss("crd", *STUDENT, *wide, **SCALES))
     with pytest.raises(ValueError, match="afd learns to fuse features: give distill_loss heads"):
@@ -217,7 +266,9 @@ def test_what_is_needed_is_asked_for():
 def test_two_equal_teachers_are_one():
     twice = [torch.cat([side, side], 1) for side in TEACHER]
     one = distill_loss("crd", *STUDENT, *TEACHER, **SCALES)
-    assert distill_loss("crd", *STUDENT, *twice, teacher_widths=[32, 32], **SCALES).item() == pytest.approx(one.item(), rel=1e-5)
+    assert distill_loss(
+        "crd", *STUDENT, *twice, teacher_widths=[32, 32], **SCALES
+    ).item() == pytest.approx(one.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -228,10 +279,16 @@ def test_parts_of_a_batch_average_to_the_whole(method):
     normalisers = iter([])
     if method == "gd":  # asks for the normalisers of all rows: student's and teacher's, both ways
         sides = [F.normalize(f, dim=1) for f in STUDENT]
-        pairs = [(a[::way], scale) for way in (1, -1) for a, scale in ((sides, SCALES["student_scale"]), (list(TEACHER), 100.0))]
+        pairs = [
+            (a[::way], scale)
+            for way in (1, -1)
+            for a, scale in ((sides, SCALES["student_scale"]), (list(TEACHER), 100.0))
+        ]
         normalisers = iter([(scale * q @ k.T).logsumexp(1) for (q, k), scale in pairs] * 3)
     parts = [Part(slice(i, i + 8), lambda local: next(normalisers)) for i in (0, 8, 16)]
-    losses = [distill_loss(method, *STUDENT, *TEACHER, heads=heads, part=part, **SCALES) for part in parts]
+    losses = [
+        distill_loss(method, *STUDENT, *TEACHER, heads=heads, part=part, **SCALES) for part in parts
+    ]
     assert torch.stack(losses).mean().item() == pytest.approx(whole.item(), rel=1e-5)
 
 
@@ -242,16 +299,23 @@ def test_a_second_teacher_for_short_captions():
     _, terms = total_loss(LONG_AND_SHORT, TAUGHT, 10.0, short_teacher=(image, short), **settings)
     _, before = total_loss(LONG_AND_SHORT, TAUGHT, 10.0, **settings)
     components = primary_components(F.normalize(LONG_AND_SHORT[0], dim=1), 6)
-    expected = 0.5 * distill_loss("crd", components, LONG_AND_SHORT[2], image, short, student_scale=10.0, teacher_scale=100.0)
+    expected = 0.5 * distill_loss(
+        "crd", components, LONG_AND_SHORT[2], image, short, student_scale=10.0, teacher_scale=100.0
+    )
     assert terms["distill_short"].item() == pytest.approx(expected.item(), rel=1e-5)
-    assert terms["distill_long"] == before["distill_long"] and terms["distill_short"] != before["distill_short"]
+    assert (
+        terms["distill_long"] == before["distill_long"]
+        and terms["distill_short"] != before["distill_short"]
+    )
 
 
 def test_masked_feature_distillation_is_of_the_long_side():
     masked = drawn("masked", 24, 32)
     _, terms = total_loss(LONG_AND_SHORT, TAUGHT, 10.0, method="mfd", masked_image=masked)
     assert terms.keys() == {"contrastive_long", "contrastive_short", "distill_long"}
-    assert terms["distill_long"].item() == pytest.approx(1.5 * F.mse_loss(F.normalize(masked, dim=1), TAUGHT[0]).item(), rel=1e-5)
+    assert terms["distill_long"].item() == pytest.approx(
+        1.5 * F.mse_loss(F.normalize(masked, dim=1), TAUGHT[0]).item(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("method", ["fd", "crd", "crd+fd", "cross_kd", "gd"])
@@ -276,17 +340,31 @@ def published_loss(logits):
 
 
 def test_total_by_its_terms():
-    loss, terms = total_loss(LONG_AND_SHORT, TAUGHT, 10.0, method="crd+fd", weights=(0.8, 0.4, 1.5, 0.5),
-                             components=6, teacher_scale=30.0, method_weights={"fd": 20.0})
+    loss, terms = total_loss(
+        LONG_AND_SHORT,
+        TAUGHT,
+        10.0,
+        method="crd+fd",
+        weights=(0.8, 0.4, 1.5, 0.5),
+        components=6,
+        teacher_scale=30.0,
+        method_weights={"fd": 20.0},
+    )
     image, long, short = LONG_AND_SHORT
-    components, taught = primary_components(F.normalize(image, dim=1), 6), primary_components(TAUGHT[0], 6)
-    short_logits = 10.0 * components @ F.normalize(short, dim=1).T  # what was rebuilt is not normalised again
+    components, taught = (
+        primary_components(F.normalize(image, dim=1), 6),
+        primary_components(TAUGHT[0], 6),
+    )
+    short_logits = (
+        10.0 * components @ F.normalize(short, dim=1).T
+    )  # what was rebuilt is not normalised again
     scales = {"student_scale": 10.0, "teacher_scale": 30.0, "weights": {"fd": 20.0}}
     expected = {
         "contrastive_long": 0.8 * contrastive_loss(image, long, 10.0, 0.1),
         "contrastive_short": 0.4 * published_loss(short_logits),
         "distill_long": 1.5 * distill_loss("crd+fd", image, long, *TAUGHT[:2], **scales),
-        "distill_short": 0.5 * distill_loss("crd+fd", components, short, taught, TAUGHT[2], **scales),
+        "distill_short": 0.5
+        * distill_loss("crd+fd", components, short, taught, TAUGHT[2], **scales),
     }
     assert terms.keys() == expected.keys()
     for name, term in terms.items():
@@ -297,19 +375,33 @@ def test_total_by_its_terms():
 def test_total_does_not_depend_on_lengths():
     settings = {"method": "crd+fd", "components": 6}
     one, _ = total_loss(LONG_AND_SHORT, TAUGHT, 10.0, **settings)
-    other, _ = total_loss([3 * f for f in LONG_AND_SHORT], [0.5 * f for f in TAUGHT], 10.0, **settings)
+    other, _ = total_loss(
+        [3 * f for f in LONG_AND_SHORT], [0.5 * f for f in TAUGHT], 10.0, **settings
+    )
     longer = [torch.linspace(0.5, 2, 24)[:, None] * f for f in TAUGHT]
     third, _ = total_loss(LONG_AND_SHORT, longer, 10.0, **settings)
     assert [other.item(), third.item()] == pytest.approx([one.item()] * 2, rel=1e-5)
 
 
-@pytest.mark.parametrize("settings, names", [
-    ({"method": "none"}, ["contrastive_long", "contrastive_short"]),
-    ({"method": "none", "weights": (1, 0, 0, 0)}, ["contrastive_long"]),
-    ({"method": "crd", "pairs": "long"}, ["contrastive_long", "contrastive_short", "distill_long"]),
-    ({"method": "crd", "pairs": "long", "weights": (1, 0, 1, 1)}, ["contrastive_long", "distill_long"]),
-    ({"method": "fd", "weights": (1, 0, 1, 1)}, ["contrastive_long", "distill_long", "distill_short"]),
-])
+@pytest.mark.parametrize(
+    "settings, names",
+    [
+        ({"method": "none"}, ["contrastive_long", "contrastive_short"]),
+        ({"method": "none", "weights": (1, 0, 0, 0)}, ["contrastive_long"]),
+        (
+            {"method": "crd", "pairs": "long"},
+            ["contrastive_long", "contrastive_short", "distill_long"],
+        ),
+        (
+            {"method": "crd", "pairs": "long", "weights": (1, 0, 1, 1)},
+            ["contrastive_long", "distill_long"],
+        ),
+        (
+            {"method": "fd", "weights": (1, 0, 1, 1)},
+            ["contrastive_long", "distill_long", "distill_short"],
+        ),
+    ],
+)
 def test_which_terms_there_are(settings, names):
     loss, terms = total_loss(LONG_AND_SHORT, TAUGHT, 10.0, components=6, **settings)
     assert list(terms) == names and torch.isfinite(loss)
@@ -324,14 +416,18 @@ def test_a_perfect_student_has_only_contrastive_loss():
 
 # ---- a Long-CLIP model from weights to gradients
 
+
 @pytest.fixture(scope="module")
 def longclip(tmp_path_factory):
     """A small Long-CLIP of known weights and its features of 40 images, long and short captions."""
     file = tmp_path_factory.mktemp("longclip") / "longclip-tiny.pt"
     torch.save(state_dict("longclip_tiny"), file)
     model = jettclip.create_model("LongCLIP", file)
-    return model, (model.encode_image(drawn("image", 40, 3, 64, 64)), model.encode_text(longclip_tokens("long", 40)),
-                   model.encode_text(longclip_tokens("short", 40)))
+    return model, (
+        model.encode_image(drawn("image", 40, 3, 64, 64)),
+        model.encode_text(longclip_tokens("long", 40)),
+        model.encode_text(longclip_tokens("short", 40)),
+    )
 
 
 def test_longclip_features(longclip):
@@ -345,14 +441,19 @@ def test_longclip_losses(longclip):
     model, features = longclip
     _, terms = total_loss(features, None, model.logit_scale.exp(), weights=(1, 1, 0, 0))
     assert terms["contrastive_long"].item() == pytest.approx(LONGCLIP["loss_long"].item(), abs=1e-5)
-    assert terms["contrastive_short"].item() == pytest.approx(LONGCLIP["loss_short"].item(), abs=1e-5)
+    assert terms["contrastive_short"].item() == pytest.approx(
+        LONGCLIP["loss_short"].item(), abs=1e-5
+    )
 
 
 def test_longclip_gradients(longclip):
     """Through all towers and the primary components."""
     model, features = longclip
     total_loss(features, None, model.logit_scale.exp(), weights=(1, 1, 0, 0))[0].backward()
-    parameters = {"text_projection": model.text.text_projection, "visual_proj": model.visual.proj,
-                  "logit_scale": model.logit_scale}
+    parameters = {
+        "text_projection": model.text.text_projection,
+        "visual_proj": model.visual.proj,
+        "logit_scale": model.logit_scale,
+    }
     for name, parameter in parameters.items():
         assert relative(parameter.grad, golden(f"grad_{name}", LONGCLIP)) < 1e-4

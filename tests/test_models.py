@@ -1,4 +1,5 @@
 """Names become models of the promised sizes, mistakes name the nearest word, folding keeps the outputs."""
+
 import subprocess
 import sys
 
@@ -32,18 +33,26 @@ def test_list_models():
     assert {"JettCLIP-T", "LongCLIP-T"} <= set(jettclip.list_models())
 
 
-@pytest.mark.parametrize("arguments, nearest", [
-    (("JetCLIP-T",), "model 'JetCLIP-T' is unknown: did you mean 'JettCLIP-T'"),
-    (("longclip-T",), "did you mean 'LongCLIP-T'"),
-    (("JettCLIP-T", None, "cpu", "lenght_aware"), "tower 'lenght_aware' is unknown: .* 'length_aware'"),
-])
+@pytest.mark.parametrize(
+    "arguments, nearest",
+    [
+        (("JetCLIP-T",), "model 'JetCLIP-T' is unknown: did you mean 'JettCLIP-T'"),
+        (("longclip-T",), "did you mean 'LongCLIP-T'"),
+        (
+            ("JettCLIP-T", None, "cpu", "lenght_aware"),
+            "tower 'lenght_aware' is unknown: .* 'length_aware'",
+        ),
+    ],
+)
 def test_unknown_names(arguments, nearest):
     with pytest.raises(ValueError, match=nearest):
         jettclip.create_model(*arguments)
 
 
 def test_unknown_override():
-    with pytest.raises(ValueError, match="of JettCLIP-T 'imagesize' is unknown: did you mean 'image_size'"):
+    with pytest.raises(
+        ValueError, match="of JettCLIP-T 'imagesize' is unknown: did you mean 'image_size'"
+    ):
         jettclip.create_model("JettCLIP-T", imagesize=32)
     with pytest.raises(ValueError, match="did you mean 'text_width'"):
         jettclip.create_model("LongCLIP-T", textwidth=64)
@@ -80,7 +89,11 @@ def test_overrides():
 
 
 def test_the_student_is_small():
-    assert 0.5e6 < sum(p.numel() for p in jettclip.create_model("JettCLIP-T").visual.parameters()) < 1.5e6
+    assert (
+        0.5e6
+        < sum(p.numel() for p in jettclip.create_model("JettCLIP-T").visual.parameters())
+        < 1.5e6
+    )
 
 
 def test_run_folder_must_agree_with_what_is_asked(tmp_path):
@@ -89,8 +102,11 @@ def test_run_folder_must_agree_with_what_is_asked(tmp_path):
     for asked in ({}, TINY, {"text_tower": "length_aware", **TINY}):
         loaded = jettclip.create_model("JettCLIP-T", tmp_path, **asked)
         assert torch.equal(loaded.text.text_projection, saved.text.text_projection)
-    for name, asked in (("LongCLIP-T", {}), ("JettCLIP-T", {"image_size": 64}),
-                        ("JettCLIP-T", {"text_tower": "stretched", **TINY})):
+    for name, asked in (
+        ("LongCLIP-T", {}),
+        ("JettCLIP-T", {"image_size": 64}),
+        ("JettCLIP-T", {"text_tower": "stretched", **TINY}),
+    ):
         with pytest.raises(ValueError, match="holds JettCLIP-T with"):
             jettclip.create_model(name, tmp_path, **asked)
 

@@ -1,4 +1,5 @@
 """All notebooks at toy size: the profile `smoke`, from nothing to the PDF."""
+
 import csv
 import json
 import os
@@ -13,8 +14,25 @@ import pytest
 from jettclip import pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
-SNAKEMAKE = [sys.executable, "-m", "snakemake", "--cores", "all", "--nolock", "--rerun-incomplete", "--rerun-triggers",
-             "params", "input", "mtime", "--scheduler", "greedy", "--quiet", "all", "--config", "profile=smoke"]
+SNAKEMAKE = [
+    sys.executable,
+    "-m",
+    "snakemake",
+    "--cores",
+    "all",
+    "--nolock",
+    "--rerun-incomplete",
+    "--rerun-triggers",
+    "params",
+    "input",
+    "mtime",
+    "--scheduler",
+    "greedy",
+    "--quiet",
+    "all",
+    "--config",
+    "profile=smoke",
+]
 RUN = ROOT / "runs/smoke"
 
 
@@ -37,7 +55,16 @@ def read(name):
 
 
 def test_every_step_is_done_and_the_report_is_built(first_run):
-    for folder in ("data", "teacher", "none-s0", "crd+fd-both-s0", "deploy", "evaluate", "report", "search"):
+    for folder in (
+        "data",
+        "teacher",
+        "none-s0",
+        "crd+fd-both-s0",
+        "deploy",
+        "evaluate",
+        "report",
+        "search",
+    ):
         assert json.loads((RUN / folder / "done.json").read_text())["seconds"] > 0
     assert (ROOT / "report/build/report-smoke.pdf").read_bytes().startswith(b"%PDF")
     pages = {path.stem for path in (ROOT / "report/build/smoke").glob("*.html")}
@@ -50,29 +77,58 @@ def test_progress_is_told_step_by_step(first_run):
 
 
 def test_results_have_models_and_intervals(first_run):
-    rows = [row for row in read("retrieval.csv") if row["task"] == "long" and row["metric"] == "t2i_r10"]
-    assert [row["model"] for row in rows] == ["CLIP at 77 tokens", "teacher", "none-s0", "crd+fd-both-s0",
-                                              "fd-long-context_length77-s0"]
+    rows = [
+        row for row in read("retrieval.csv") if row["task"] == "long" and row["metric"] == "t2i_r10"
+    ]
+    assert [row["model"] for row in rows] == [
+        "CLIP at 77 tokens",
+        "teacher",
+        "none-s0",
+        "crd+fd-both-s0",
+        "fd-long-context_length77-s0",
+    ]
     assert all(float(row["low"]) <= float(row["value"]) <= float(row["high"]) for row in rows)
     assert {row["context"] for row in rows} == {"77", "248"}
 
 
 def test_differences_are_corrected_for_their_number(first_run):
-    rows = [row for row in read("differences.csv") if row["task"] == "long" and row["metric"] == "t2i_r10"]
-    assert len(rows) == 2 and all(float(row["p"]) <= float(row["p_holm"]) <= min(1, 2 * float(row["p"]) + 1e-6) or
-                                  float(row["p_holm"]) == max(float(one["p_holm"]) for one in rows) for row in rows)
+    rows = [
+        row
+        for row in read("differences.csv")
+        if row["task"] == "long" and row["metric"] == "t2i_r10"
+    ]
+    assert len(rows) == 2 and all(
+        float(row["p"]) <= float(row["p_holm"]) <= min(1, 2 * float(row["p"]) + 1e-6)
+        or float(row["p_holm"]) == max(float(one["p_holm"]) for one in rows)
+        for row in rows
+    )
 
 
 def test_cost_geometry_and_failures_are_told(first_run):
-    assert {row["model"] for row in read("efficiency.csv")} == {"none-s0", "crd+fd-both-s0", "fd-long-context_length77-s0"}
+    assert {row["model"] for row in read("efficiency.csv")} == {
+        "none-s0",
+        "crd+fd-both-s0",
+        "fd-long-context_length77-s0",
+    }
     assert all(-1 < float(row["value"]) <= 1 for row in read("geometry.csv"))
     failures = read("failures.csv")
-    assert failures and all(row["caption"] and int(row["rank"]) > 1 and row["first"] != row["second"] for row in failures)
-    assert {row["attribute"] for row in read("attributes.csv")} == {"colour", "pattern", "place", "shape", "size"}
+    assert failures and all(
+        row["caption"] and int(row["rank"]) > 1 and row["first"] != row["second"]
+        for row in failures
+    )
+    assert {row["attribute"] for row in read("attributes.csv")} == {
+        "colour",
+        "pattern",
+        "place",
+        "shape",
+        "size",
+    }
 
 
 def test_a_77_token_model_is_at_chance_for_details_it_cannot_read(first_run):
-    late = [row for row in read("details.csv") if row["attribute"] == "all" and row["part"] == "from 77"]
+    late = [
+        row for row in read("details.csv") if row["attribute"] == "all" and row["part"] == "from 77"
+    ]
     for model in ("CLIP at 77 tokens", "fd-long-context_length77-s0"):
         assert [row["value"] for row in late if row["model"] == model] == ["0.5"]
 
@@ -85,20 +141,43 @@ def test_folding_changes_nothing_but_rounding(first_run):
 def test_by_hand_the_numbers_are_the_same(first_run):
     """Notebook 02 run by papermill alone, as JupyterLab runs it: in no job of Snakemake, by nobody's step."""
     variant = "crd+fd-both-s0"
-    parameters = pipeline.plan("smoke", ROOT)[f"02_train {variant}"].parameters | {"variant": "by-hand"}
+    parameters = pipeline.plan("smoke", ROOT)[f"02_train {variant}"].parameters | {
+        "variant": "by-hand"
+    }
     notebook = [ROOT / "notebooks/02_train.ipynb", RUN / "by-hand/02_train.ipynb"]
     notebook[1].parent.mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}  # as many as `--cores all` gives
-    subprocess.run([sys.executable, "-m", "papermill", *notebook, "--cwd", ROOT / "notebooks", "-y", json.dumps(parameters)], check=True,
-                   env=environment, capture_output=True)
-    one, other = (pd.read_csv(RUN / name / "history.csv").drop(columns="seconds") for name in (variant, "by-hand"))
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+    }  # as many as `--cores all` gives
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "papermill",
+            *notebook,
+            "--cwd",
+            ROOT / "notebooks",
+            "-y",
+            json.dumps(parameters),
+        ],
+        check=True,
+        env=environment,
+        capture_output=True,
+    )
+    one, other = (
+        pd.read_csv(RUN / name / "history.csv").drop(columns="seconds")
+        for name in (variant, "by-hand")
+    )
     assert one.equals(other) and len(one) == 2
 
 
 def test_forms_without_pytorch_are_compared(first_run):
     rows = read("drift.csv")
     assert {"pytorch", "onnxruntime", "onnxruntime-int8"} <= {row["backend"] for row in rows}
-    assert all(float(row["text_max_difference"]) < 1e-5 for row in rows if row["backend"] == "onnxruntime")
+    assert all(
+        float(row["text_max_difference"]) < 1e-5 for row in rows if row["backend"] == "onnxruntime"
+    )
     assert (RUN / "search/found.html").read_text().count("<figure>") == 4
 
 

@@ -1,4 +1,5 @@
 """What is installed, pinned and asked for agrees, and no notebook is committed with outputs."""
+
 import importlib.metadata
 import json
 import re
@@ -14,17 +15,27 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-ASKED = [Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]]
-LINES = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+ASKED = [
+    Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
+]
+LINES = [
+    line
+    for line in (ROOT / "requirements.txt").read_text().splitlines()
+    if not line.startswith("#")
+]
 PINS = [Requirement(line) for line in LINES]
 
 
 @pytest.mark.parametrize("asked", ASKED, ids=lambda requirement: requirement.name)
 def test_each_dependency_is_pinned_once_within_its_range(asked):
     pins = [pin for pin in PINS if canonicalize_name(pin.name) == canonicalize_name(asked.name)]
-    assert len(pins) == 1 and pins[0].marker is None, f"requirements.txt: {asked.name} has {len(pins)} lines"
+    assert len(pins) == 1 and pins[0].marker is None, (
+        f"requirements.txt: {asked.name} has {len(pins)} lines"
+    )
     version = re.fullmatch(r"==([\w.]+)", str(pins[0].specifier))[1]
-    assert version in asked.specifier, f"requirements.txt has {pins[0]}, pyproject.toml asks for {asked}"
+    assert version in asked.specifier, (
+        f"requirements.txt has {pins[0]}, pyproject.toml asks for {asked}"
+    )
 
 
 def test_requirements_hold_pins_only():
@@ -36,8 +47,11 @@ def test_requirements_hold_pins_only():
 def test_installed_versions_are_the_pinned_ones():
     here = [pin for pin in PINS if pin.marker is None or pin.marker.evaluate()]
     installed = {canonicalize_name(d.name): d.version for d in importlib.metadata.distributions()}
-    wrong = [f"{pin} (installed: {installed.get(pin.name)})" for pin in here
-             if pin.name not in installed or installed[pin.name] not in pin.specifier]
+    wrong = [
+        f"{pin} (installed: {installed.get(pin.name)})"
+        for pin in here
+        if pin.name not in installed or installed[pin.name] not in pin.specifier
+    ]
     assert not wrong, "run `make setup`; not installed as pinned: " + ", ".join(wrong)
 
 
@@ -56,8 +70,12 @@ def test_notebooks_are_stripped(path):
     """A fresh clone may lack the filter of .gitattributes; `make setup` defines it."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
     for part in [notebook, *notebook["cells"]]:
-        assert not part.get("outputs") and part.get("execution_count") is None, "run nbstripout on it"
+        assert not part.get("outputs") and part.get("execution_count") is None, (
+            "run nbstripout on it"
+        )
         assert "papermill" not in part["metadata"], "this is an executed copy"
     # As the filter would write it: else a fresh clone shows changes that nobody made.
-    verified = subprocess.run([sys.executable, "-m", "nbstripout", "--verify", path], capture_output=True, text=True)
+    verified = subprocess.run(
+        [sys.executable, "-m", "nbstripout", "--verify", path], capture_output=True, text=True
+    )
     assert verified.returncode == 0, verified.stdout

@@ -7,8 +7,15 @@ from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image, ImageChops
 
-from jettclip.scenes import (ATTRIBUTES, caption, draw, make_details, make_pairs, scene,
-                             short_caption)
+from jettclip.datasets.scenes import (
+    ATTRIBUTES,
+    caption,
+    draw,
+    make_details,
+    make_pairs,
+    scene,
+    short_caption,
+)
 
 TOKENIZER = SimpleTokenizer()
 NUMBERS = st.integers(0, 2**31)
@@ -68,8 +75,15 @@ def test_picture_size(size):
 
 
 def test_detail_pairs_differ_in_one_run_of_tokens(details):
-    assert list(details.columns) == ["image", "other_image", "long", "other_long", "attribute",
-                                     "position", "key"]
+    assert list(details.columns) == [
+        "image",
+        "other_image",
+        "long",
+        "other_long",
+        "attribute",
+        "position",
+        "key",
+    ]
     for row in details.itertuples():
         one, other = tokens(row.long), tokens(row.other_long)
         assert len(one) == len(other)
@@ -77,7 +91,7 @@ def test_detail_pairs_differ_in_one_run_of_tokens(details):
         assert different[0] == row.position
         assert len(different) == different[-1] - different[0] + 1
         assert len(different) <= (2 if row.attribute == "place" else 1)
-        words = [TOKENIZER.decode(one[i:i + 1]).strip() for i in different]
+        words = [TOKENIZER.decode(one[i : i + 1]).strip() for i in different]
         assert " ".join(words) in " ".join(ATTRIBUTES[row.attribute])
         assert row.long.split(". ")[0] == row.other_long.split(". ")[0]
 
@@ -104,4 +118,5 @@ def test_detail_positions_and_attributes_are_spread(details):
 def test_the_data_set_is_the_published_one():
     text = "\n".join(caption(scene(0, index)) for index in range(20))
     assert hashlib.sha256(text.encode()).hexdigest() == (
-        "5e48fd173933f447c299b39a3cafdb38b88e1f59df4daef854545ec198236861")
+        "5e48fd173933f447c299b39a3cafdb38b88e1f59df4daef854545ec198236861"
+    )

@@ -1,4 +1,5 @@
 """A text tower reads a caption's real tokens and nothing else; stretching and folding keep their promises."""
+
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,28 @@ from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import QuickGELU, TextTransformer
 
-from jettclip.text import (HybridText, RepMixerBlock, TokenBatchNorm, Tokenizer, TransformerText, in_length_groups,
-                           stretch_positions, tokenizer)
+from jettclip.text import (
+    HybridText,
+    RepMixerBlock,
+    TokenBatchNorm,
+    Tokenizer,
+    TransformerText,
+    in_length_groups,
+    stretch_positions,
+    tokenizer,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 TOKENIZE = tokenizer()
-CAUSAL = {"context_length": 248, "vocab_size": 100, "width": 32, "heads": 2, "layers": 2, "output_dim": 8,
-          "act_layer": QuickGELU}
+CAUSAL = {
+    "context_length": 248,
+    "vocab_size": 100,
+    "width": 32,
+    "heads": 2,
+    "layers": 2,
+    "output_dim": 8,
+    "act_layer": QuickGELU,
+}
 END = 99  # the highest id
 
 
@@ -26,15 +42,18 @@ def captions(lengths, seed=0, context=248):
     random = np.random.default_rng(seed)
     tokens = torch.zeros(len(lengths), context, dtype=torch.long)
     for row, length in zip(tokens, lengths):
-        row[:length - 1] = torch.from_numpy(random.integers(1, END, length - 1))
+        row[: length - 1] = torch.from_numpy(random.integers(1, END, length - 1))
         row[length - 1] = END
     return tokens
 
 
 def hybrid(mask_padding=True):
     torch.manual_seed(0)
-    return randomise(HybridText(vocab_size=100, width=16, heads=2, layers=2, output_dim=8,
-                                mask_padding=mask_padding))
+    return randomise(
+        HybridText(
+            vocab_size=100, width=16, heads=2, layers=2, output_dim=8, mask_padding=mask_padding
+        )
+    )
 
 
 def transformer(**changes):
@@ -61,6 +80,7 @@ def largest(difference):
 
 # ---- positions
 
+
 def test_stretching_agrees_with_long_clip():
     golden = np.load(GOLDEN / "losses_seed0.npz")
     stretched = stretch_positions(torch.from_numpy(golden["stretch/in"]))
@@ -86,11 +106,15 @@ def test_exact_stretching_passes_through_the_old_rows():
     assert torch.allclose(stretched[20], 0.75 * table[19] + 0.25 * table[20])
 
 
-@pytest.mark.parametrize("arguments, problem", [
-    ({"mode": "linear"}, "'linear' is unknown: use 'longclip' or 'exact'"),
-    ({"length": 250}, "230 is not a multiple of 57"),
-    ({"keep": 0}, "cannot stretch 77"), ({"keep": 77}, "cannot stretch 77"),
-])
+@pytest.mark.parametrize(
+    "arguments, problem",
+    [
+        ({"mode": "linear"}, "'linear' is unknown: use 'longclip' or 'exact'"),
+        ({"length": 250}, "230 is not a multiple of 57"),
+        ({"keep": 0}, "cannot stretch 77"),
+        ({"keep": 77}, "cannot stretch 77"),
+    ],
+)
 def test_impossible_stretching(arguments, problem):
     with pytest.raises(ValueError, match=problem):
         stretch_positions(torch.zeros(77, 4), **arguments)
@@ -98,12 +122,13 @@ def test_impossible_stretching(arguments, problem):
 
 # ---- tokens
 
+
 @pytest.mark.parametrize("context", [77, 248])
 def test_truncation_keeps_the_end_token(context):
     words = "the small red ring and a blue star " * 60
     whole, cut = tokenizer(1000)(words)[0], tokenizer(context)(words)[0]
     assert len(cut) == context and cut[-1] == 49407
-    assert torch.equal(cut[:-1], whole[:context - 1])
+    assert torch.equal(cut[:-1], whole[: context - 1])
 
 
 @given(texts=st.lists(st.text(max_size=600), min_size=1, max_size=3))
@@ -115,17 +140,71 @@ def test_any_text_becomes_tokens(texts):
     assert (tokens[:, 0] == 49406).all()
     for row in tokens:
         last = (row == 49407).nonzero().max()
-        assert row.max() == 49407 and not row[last + 1:].any()
+        assert row.max() == 49407 and not row[last + 1 :].any()
 
 
 def random_text(rng):
     """A text of anything that may break a tokenizer: words, Unicode, controls, HTML, special tokens, all cases."""
-    pieces = ("the small red ring", "isn't", "I'LL", "don't", "ΑΣ ΟΔΟΣ", "İstanbul", "ß", "漢字", "🙂👩‍👩‍👧", "é", "ﬁ", "“quoted”", "â€™", "&amp;",
-              "&lt;b&gt;", "&", "&amp;amp;", "<end_of_text>", "<START_OF_TEXT>", "1234", "½", "³", "a_b", "...", "--", "\n", "\t", "\r\n", "\x00",
-              "\x1b[31m", "\x1c", "\x85", "\xa0", "\u2028", "\u200b", "\u3000", "\ufeff", "\x7f", "x" * 60, "'s", "'", "Ａ", "𝔘", "e\u0301", "%", "$5")
-    parts = [pieces[i] if kind < 7 else chr(code) if not 0xD800 <= code < 0xE000 else "" for i, kind, code in
-             zip(rng.integers(len(pieces), size=8), rng.integers(10, size=8), (rng.random(8) ** 4 * 0x110000).astype(int))]
-    return "".join(part + " " * space for part, space in zip(parts[:rng.integers(1, 9)], rng.integers(2, size=8)))
+    pieces = (
+        "the small red ring",
+        "isn't",
+        "I'LL",
+        "don't",
+        "ΑΣ ΟΔΟΣ",
+        "İstanbul",
+        "ß",
+        "漢字",
+        "🙂👩‍👩‍👧",
+        "é",
+        "ﬁ",
+        "“quoted”",
+        "â€™",
+        "&amp;",
+        "&lt;b&gt;",
+        "&",
+        "&amp;amp;",
+        "<end_of_text>",
+        "<START_OF_TEXT>",
+        "1234",
+        "½",
+        "³",
+        "a_b",
+        "...",
+        "--",
+        "\n",
+        "\t",
+        "\r\n",
+        "\x00",
+        "\x1b[31m",
+        "\x1c",
+        "\x85",
+        "\xa0",
+        "\u2028",
+        "\u200b",
+        "\u3000",
+        "\ufeff",
+        "\x7f",
+        "x" * 60,
+        "'s",
+        "'",
+        "Ａ",
+        "𝔘",
+        "e\u0301",
+        "%",
+        "$5",
+    )
+    parts = [
+        pieces[i] if kind < 7 else chr(code) if not 0xD800 <= code < 0xE000 else ""
+        for i, kind, code in zip(
+            rng.integers(len(pieces), size=8),
+            rng.integers(10, size=8),
+            (rng.random(8) ** 4 * 0x110000).astype(int),
+        )
+    ]
+    return "".join(
+        part + " " * space
+        for part, space in zip(parts[: rng.integers(1, 9)], rng.integers(2, size=8))
+    )
 
 
 def test_ids_are_open_clips_on_100000_texts(monkeypatch):
@@ -135,10 +214,13 @@ def test_ids_are_open_clips_on_100000_texts(monkeypatch):
         text = random_text(rng)
         assert ours.encode(text) == theirs.encode(text), ascii(text)
     texts = ["", "long " * 400, "x" * 5000, *(random_text(rng) * 30 for _ in range(50))]
-    assert torch.equal(ours(texts), theirs(texts)) and torch.equal(ours(texts[1], 77), theirs(texts[1], 77))
+    assert torch.equal(ours(texts), theirs(texts)) and torch.equal(
+        ours(texts[1], 77), theirs(texts[1], 77)
+    )
 
 
 # ---- towers
+
 
 @pytest.mark.parametrize("make", [hybrid, causal, bidirectional])
 def test_features_do_not_depend_on_padding_or_batch_mates(make):
@@ -146,8 +228,10 @@ def test_features_do_not_depend_on_padding_or_batch_mates(make):
     lengths = [3, 248, 4, 77, 78, 247, *np.random.default_rng(1).integers(3, 249, 34)]
     tokens = captions(lengths)
     together = encode(tower, tokens)
-    alone = torch.cat([encode(tower, tokens[i:i + 1]) for i in range(len(tokens))])
-    unpadded = torch.cat([encode(tower, tokens[i:i + 1, :length]) for i, length in enumerate(lengths)])
+    alone = torch.cat([encode(tower, tokens[i : i + 1]) for i in range(len(tokens))])
+    unpadded = torch.cat(
+        [encode(tower, tokens[i : i + 1, :length]) for i, length in enumerate(lengths)]
+    )
     reversed_ = encode(tower, tokens.flip(0)).flip(0)
     for other in (alone, unpadded, reversed_):
         assert largest(together - other) < 1e-6
@@ -184,8 +268,17 @@ def test_packed_training_is_that_of_the_padded_batch():
     results = []
     for tower, features in ((packed, packed(tokens)), (padded, padded.encode(x.detach(), end))):
         (features * torch.arange(8.0)).square().sum().backward()
-        results.append([features, *(p.grad for name, p in tower.named_parameters() if not name.endswith(("embedding.weight", "embedding"))),
-                        *(b.float() for b in tower.buffers())])
+        results.append(
+            [
+                features,
+                *(
+                    p.grad
+                    for name, p in tower.named_parameters()
+                    if not name.endswith(("embedding.weight", "embedding"))
+                ),
+                *(b.float() for b in tower.buffers()),
+            ]
+        )
     assert packed.first.norm.num_batches_tracked == 1
     for one, other in zip(*results):
         assert largest(one - other) < 1e-4 * max(1, other.abs().max())
@@ -221,13 +314,16 @@ def test_length_groups_keep_the_order():
         widths.append(x.shape[1])
         return torch.stack([end + 1, x[:, 0, 0]], dim=1)
 
-    features = in_length_groups(lengths_and_first_ids, tokens[:, :, None], tokens.argmax(dim=1), rows=2)
+    features = in_length_groups(
+        lengths_and_first_ids, tokens[:, :, None], tokens.argmax(dim=1), rows=2
+    )
     assert features[:, 0].tolist() == [9, 3, 6, 3, 5, 8, 7]
     assert torch.equal(features[:, 1], tokens[:, 0])
     assert widths == [3, 6, 8, 9]
 
 
 # ---- batch norm over tokens, and folding
+
 
 def test_batch_norm_sees_real_tokens_only():
     torch.manual_seed(0)
@@ -240,7 +336,10 @@ def test_batch_norm_sees_real_tokens_only():
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         assert torch.allclose(getattr(norm, name), getattr(reference, name))
     gradients = []
-    for one, real in ((norm, lambda z: norm(z, mask)[mask]), (reference, lambda z: reference(z[mask]))):
+    for one, real in (
+        (norm, lambda z: norm(z, mask)[mask]),
+        (reference, lambda z: reference(z[mask])),
+    ):
         z = x.clone().requires_grad_()
         loss = (real(z) * torch.arange(6.0)).square().sum()
         gradients.append(torch.autograd.grad(loss, (z, one.weight, one.bias)))
@@ -269,10 +368,13 @@ def test_training_branches_follow_the_equation():
     block = RepMixerBlock(8, kernel_size=3)
     randomise(block)
     x = torch.randn(2, 7, 8)
-    conv = F.conv1d(x.transpose(1, 2), block.conv.weight.squeeze(2), padding=1, groups=8).transpose(1, 2)
+    conv = F.conv1d(x.transpose(1, 2), block.conv.weight.squeeze(2), padding=1, groups=8).transpose(
+        1, 2
+    )
     skip, mixed, norm = (
         F.batch_norm(y.flatten(0, 1), n.running_mean, n.running_var, n.weight, n.bias).view_as(x)
-        for y, n in ((x, block.skip_norm), (conv, block.conv_norm), (x, block.norm)))
+        for y, n in ((x, block.skip_norm), (conv, block.conv_norm), (x, block.norm))
+    )
     block.fc2.weight.data.zero_()
     block.fc2.bias.data.zero_()
     assert torch.allclose(block(x), x + block.mixer_scale * (skip + mixed - norm), atol=1e-5)

@@ -4,6 +4,7 @@ Root in a Debian container; about 20 minutes on two processors. It installs Slur
 it with this machine as its only node, trains one student in two processes, tells that one to stop as before a time limit (it
 requeues itself), cancels another one's job (Snakemake sends it again), kills Snakemake and starts it again. It stops what it started.
 """
+
 import contextlib
 import os
 import shutil
@@ -45,7 +46,15 @@ ReturnToService=2
 NodeName={host} CPUs=2 RealMemory=8000 State=UNKNOWN
 PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """
-NODE_FLAGS = ["--cores", "1", "--default-resources", "mem_mb=2000", "runtime=60", "--slurm-init-seconds-before-status-checks", "5"]
+NODE_FLAGS = [
+    "--cores",
+    "1",
+    "--default-resources",
+    "mem_mb=2000",
+    "runtime=60",
+    "--slurm-init-seconds-before-status-checks",
+    "5",
+]
 
 
 def shell(*command, **options):
@@ -74,8 +83,19 @@ def slurm(folder):
         sys.exit(f"error: {CONF} is there: this machine has a Slurm already, which is left alone")
     if not all(map(shutil.which, ("slurmctld", "slurmd", "munged", "squeue"))):
         shell("apt-get", "update", "-qq")
-        shell("apt-get", "install", "-y", "-qq", "--no-install-recommends", "slurmctld", "slurmd", "slurm-client", "munge",
-              env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, stdout=subprocess.DEVNULL)
+        shell(
+            "apt-get",
+            "install",
+            "-y",
+            "-qq",
+            "--no-install-recommends",
+            "slurmctld",
+            "slurmd",
+            "slurm-client",
+            "munge",
+            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+            stdout=subprocess.DEVNULL,
+        )
     munge = Path("/run/munge/munged.pid")
     with contextlib.ExitStack() as stack:
         if not munge.exists():
@@ -92,7 +112,9 @@ def slurm(folder):
             pid = folder / f"{daemon}.pid"
             wait_until(f"{daemon}, whose log is {pid.with_suffix('.log')}", pid.exists, 30)
             stack.callback(lambda pid=pid: os.kill(int(pid.read_text()), signal.SIGTERM))
-        stack.callback(lambda: subprocess.run(["scancel", "--user=root", "--full"]) and time.sleep(5))
+        stack.callback(
+            lambda: subprocess.run(["scancel", "--user=root", "--full"]) and time.sleep(5)
+        )
         wait_until("an idle node", lambda: "idle" in output("sinfo", "-h"), 60)
         print(output("sinfo", "--version").strip())
         yield
@@ -100,7 +122,9 @@ def slurm(folder):
 
 def clone(folder):
     """A copy of the working tree, with one more student in its profile `smoke`."""
-    files = output("git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard").splitlines()
+    files = output(
+        "git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard"
+    ).splitlines()
     for file in files:
         if (ROOT / file).exists():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -113,19 +137,31 @@ def clone(folder):
 def snakemake(folder, *flags):
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     with open(folder / "snakemake.log", "a") as log:
-        return subprocess.Popen([sys.executable, "-m", "snakemake", *flags, "--config", "profile=smoke"], cwd=folder, env=environment,
-                                stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            [sys.executable, "-m", "snakemake", *flags, "--config", "profile=smoke"],
+            cwd=folder,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
 
 
 def finish(process, folder):
     if process.wait():
-        sys.exit(f"error: {' '.join(process.args)} ended with {process.returncode}:\n{(folder / 'snakemake.log').read_text()[-6000:]}")
+        sys.exit(
+            f"error: {' '.join(process.args)} ended with {process.returncode}:\n{(folder / 'snakemake.log').read_text()[-6000:]}"
+        )
 
 
 def job_of(variant):
     """The number of a variant's running job, or None."""
-    rows = [line.split("|") for line in output("squeue", "-h", "-t", "RUNNING", "-o", "%i|%k").splitlines()]
-    return next((job for job, comment in rows if comment == f"rule_train_wildcards_{variant}"), None)
+    rows = [
+        line.split("|")
+        for line in output("squeue", "-h", "-t", "RUNNING", "-o", "%i|%k").splitlines()
+    ]
+    return next(
+        (job for job, comment in rows if comment == f"rule_train_wildcards_{variant}"), None
+    )
 
 
 def by_slurm(folder):
@@ -141,12 +177,26 @@ def by_slurm(folder):
     wait_until(f"a checkpoint of {TWO}", lambda: (run / TWO / "last.ckpt").exists())
     job = job_of(TWO)
     shell("scancel", "--signal=USR1", job)
-    wait_until(f"job {job} in the queue again", lambda: "Restarts=1" in output("scontrol", "show", "job", job))
+    wait_until(
+        f"job {job} in the queue again",
+        lambda: "Restarts=1" in output("scontrol", "show", "job", job),
+    )
     copy = run / TWO / "02_train.failed.ipynb"
     assert "its checkpoint is saved" in copy.read_text(), copy
-    print(f"job {job} of {TWO} was told to stop, saved a checkpoint and is in the queue again", flush=True)
-    wait_until(f"job {job} to be let go on", lambda: subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"],
-                                                                   capture_output=True).returncode == 0, 120)
+    print(
+        f"job {job} of {TWO} was told to stop, saved a checkpoint and is in the queue again",
+        flush=True,
+    )
+    wait_until(
+        f"job {job} to be let go on",
+        lambda: (
+            subprocess.run(
+                ["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True
+            ).returncode
+            == 0
+        ),
+        120,
+    )
     job = wait_until("a job of none-s0", lambda: job_of("none-s0"))
     shell("scancel", job)
     print(f"cancelled job {job} of none-s0", flush=True)
@@ -158,14 +208,23 @@ def by_slurm(folder):
 
 def compare(local, cluster):
     """Every table and every student's weights."""
-    tables = sorted(path.relative_to(local) for path in local.rglob("*.csv") if path.name != "timings.csv")
+    tables = sorted(
+        path.relative_to(local) for path in local.rglob("*.csv") if path.name != "timings.csv"
+    )
     for table in tables:
-        one, other = (pd.read_csv(folder / table, dtype=str, keep_default_na=False) for folder in (local, cluster))
-        assert one.drop(columns=TIMES, errors="ignore").equals(other.drop(columns=TIMES, errors="ignore")), table
+        one, other = (
+            pd.read_csv(folder / table, dtype=str, keep_default_na=False)
+            for folder in (local, cluster)
+        )
+        assert one.drop(columns=TIMES, errors="ignore").equals(
+            other.drop(columns=TIMES, errors="ignore")
+        ), table
     weights = sorted(path.relative_to(local) for path in local.rglob("open_clip_model.safetensors"))
     for path in weights:
         assert (local / path).read_bytes() == (cluster / path).read_bytes(), path
-    print(f"equal to the last digit: {len(tables)} tables without their times, weights of {len(weights)} models")
+    print(
+        f"equal to the last digit: {len(tables)} tables without their times, weights of {len(weights)} models"
+    )
 
 
 def main():

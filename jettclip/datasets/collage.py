@@ -3,20 +3,25 @@
 Drawn afresh for each (seed, index), so a few thousand photographs make pictures without end. The caption begins with a
 one-sentence summary, which is the short caption, as in ShareGPT4V.
 """
+
 import io
 
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
-from .sources import SPLITS, sentence
-from .text import tokenizer
+from ..text import tokenizer
+from .published import SPLITS, sentence
 
 # rows x columns -> the names of its places
 GRIDS = {
     (1, 3): ("on the left", "in the middle", "on the right"),
     (2, 2): ("in the top left", "in the top right", "in the bottom left", "in the bottom right"),
-    (3, 3): tuple(f"in the {row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "centre", "right")),
+    (3, 3): tuple(
+        f"in the {row} {column}"
+        for row in ("top", "middle", "bottom")
+        for column in ("left", "centre", "right")
+    ),
 }
 COUNTS = {3: "Three", 4: "Four", 9: "Nine"}
 
@@ -42,7 +47,9 @@ def _plan(captions, seed, index):
 def _tell(grid, cell, captions):
     own = [sentence(caption) for caption in captions]
     first = own[0][0].lower() + own[0][1:]
-    return f"{GRIDS[grid][cell].capitalize()}, {first}" + ("" if grid == (3, 3) else f" {own[1]}")  # nine are long enough
+    return f"{GRIDS[grid][cell].capitalize()}, {first}" + (
+        "" if grid == (3, 3) else f" {own[1]}"
+    )  # nine are long enough
 
 
 def _caption(told, named, order):
@@ -57,7 +64,10 @@ def _picture(photos, grid, used, size):
         left, right = x * size // grid[1], (x + 1) * size // grid[1]
         top, bottom = y * size // grid[0], (y + 1) * size // grid[0]
         photo = Image.open(io.BytesIO(photos[row])).convert("RGB")
-        picture.paste(ImageOps.fit(photo, (right - left, bottom - top), Image.Resampling.BILINEAR), (left, top))
+        picture.paste(
+            ImageOps.fit(photo, (right - left, bottom - top), Image.Resampling.BILINEAR),
+            (left, top),
+        )
     return picture
 
 
@@ -65,7 +75,9 @@ def make_pairs(photos, captions, n, seed, size=96, split="train"):
     """Collages 0 to n - 1 of `seed`: columns image (JPEG bytes), long, short, split, key."""
     rows = []
     for index in range(n):
-        picture, long, short, _ = collage(photos, captions, 3 * seed + SPLITS.index(split), index, size)
+        picture, long, short, _ = collage(
+            photos, captions, 3 * seed + SPLITS.index(split), index, size
+        )
         rows.append((_jpeg(picture), long, short, split, f"collage-{split}-{seed}-{index}"))
     return pd.DataFrame(rows, columns=["image", "long", "short", "split", "key"])
 
@@ -94,12 +106,37 @@ def make_details(photos, captions, n, seed, size=96):
         long, other_long = (_caption(each, named, order)[0] for each in (told, told_other))
         if long == other_long:
             continue
-        position = 1 + next(i for i, (a, b) in enumerate(zip(encode(long), encode(other_long))) if a != b)
-        pool.append((grid, used, others, long, other_long, "photo", position, f"collage-details-{seed}-{index}"))
-    pairs = pd.DataFrame(pool, columns=["grid", "used", "others", "long", "other_long", "attribute", "position", "key"])
-    turn = pairs.groupby(pairs.position // 20).cumcount()  # in turn from the groups of nearly equal position
+        position = 1 + next(
+            i for i, (a, b) in enumerate(zip(encode(long), encode(other_long))) if a != b
+        )
+        pool.append(
+            (
+                grid,
+                used,
+                others,
+                long,
+                other_long,
+                "photo",
+                position,
+                f"collage-details-{seed}-{index}",
+            )
+        )
+    pairs = pd.DataFrame(
+        pool,
+        columns=["grid", "used", "others", "long", "other_long", "attribute", "position", "key"],
+    )
+    turn = pairs.groupby(
+        pairs.position // 20
+    ).cumcount()  # in turn from the groups of nearly equal position
     pairs = pairs.loc[turn.sort_values(kind="stable").index[:n]].reset_index(drop=True)
-    image, other_image = ([_jpeg(_picture(photos, grid, rows, size)) for grid, rows in zip(pairs.grid, pairs[column])]
-                          for column in ("used", "others"))
-    return pd.DataFrame({"image": image, "other_image": other_image,
-                         **pairs[["long", "other_long", "attribute", "position", "key"]]})
+    image, other_image = (
+        [_jpeg(_picture(photos, grid, rows, size)) for grid, rows in zip(pairs.grid, pairs[column])]
+        for column in ("used", "others")
+    )
+    return pd.DataFrame(
+        {
+            "image": image,
+            "other_image": other_image,
+            **pairs[["long", "other_long", "attribute", "position", "key"]],
+        }
+    )

@@ -1,5 +1,6 @@
 """The pipeline on tiny notebooks: a wrong profile is refused before any work, a step leaves everything or
 nothing behind, and Snakemake runs exactly what changed."""
+
 import json
 import os
 import re
@@ -16,27 +17,40 @@ from jettclip import pipeline
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PARAMETERS = {
-    "00_data": 'size = 64  # pixels = height = width',
-    "01_teacher_features": 'rate = 0.1\nteacher_file = None',
+    "00_data": "size = 64  # pixels = height = width",
+    "01_teacher_features": "rate = 0.1\nteacher_file = None",
     "02_train": 'variant = "none-s0"\nmethod = "none"  # sum of: none, fd, crd\nrate = 1.0\nlong = True\n'
-                'pairs = "both"  # one of: long, both\nseed = 0\ncontext = 248',
+    'pairs = "both"  # one of: long, both\nseed = 0\ncontext = 248',
     "03_reparameterize": 'precisions = ["fp32"]  # one of: fp32, bf16',
-    "04_evaluate": 'variants = []\nfailed = []\n',
-    "05_report": '',
-    "06_search": '',
+    "04_evaluate": "variants = []\nfailed = []\n",
+    "05_report": "",
+    "06_search": "",
 }
 PROFILE = "size: 32\nrate: 1e5\nvariants:\n  - {method: [fd, crd], pairs: both, seed: 0}\n"
 
 
 def write_notebook(root, name, code="print('hello from', profile)", prose="Some prose."):
     """A notebook with a parameters cell, `prose` and `code`; the code runs with `profile` defined."""
+
     def cell(kind, source, **metadata):
-        parts = {"cell_type": kind, "id": f"{kind}-{len(source)}", "metadata": metadata, "source": source}
+        parts = {
+            "cell_type": kind,
+            "id": f"{kind}-{len(source)}",
+            "metadata": metadata,
+            "source": source,
+        }
         return parts | ({"outputs": [], "execution_count": None} if kind == "code" else {})
+
     parameters = f'profile = "none"\n{PARAMETERS[name]}'
-    cells = [cell("markdown", prose), cell("code", parameters, tags=["parameters"]), cell("code", code)]
+    cells = [
+        cell("markdown", prose),
+        cell("code", parameters, tags=["parameters"]),
+        cell("code", code),
+    ]
     path = root / f"notebooks/{name}.ipynb"
-    path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    path.write_text(
+        json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+    )
     return path
 
 
@@ -53,8 +67,14 @@ def command(root, *arguments):
     """A python -m ... command in `root`, as Makefile and Snakefile start it."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     environment.pop("JETTCLIP_STARTED", None)
-    return subprocess.Popen([sys.executable, "-m", *arguments], cwd=root, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        cwd=root,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def left(root):
@@ -71,12 +91,15 @@ def step(root, *arguments):
 
 # ---- profiles
 
+
 def test_variants_by_hand():
-    runs = pipeline.expand_variants([
-        {"method": ["none", "fd"], "pairs": "long", "seed": [0, 1]},
-        {"context": 77, "seed": 3, "pairs": "both", "method": "crd+fd"},
-        {"seed": 2},
-    ])
+    runs = pipeline.expand_variants(
+        [
+            {"method": ["none", "fd"], "pairs": "long", "seed": [0, 1]},
+            {"context": 77, "seed": 3, "pairs": "both", "method": "crd+fd"},
+            {"seed": 2},
+        ]
+    )
     assert runs == {
         "none-s0": {"method": "none", "seed": 0},
         "none-s1": {"method": "none", "seed": 1},
@@ -87,8 +110,10 @@ def test_variants_by_hand():
     }
 
 
-@pytest.mark.parametrize("variants", [
-    None, [], {"seed": 0}, ["fd"], [{"seed": 0}, {"seed": [1, 0]}], [{"method": "a/b"}]])
+@pytest.mark.parametrize(
+    "variants",
+    [None, [], {"seed": 0}, ["fd"], [{"seed": 0}, {"seed": [1, 0]}], [{"method": "a/b"}]],
+)
 def test_bad_variants(variants):
     with pytest.raises(ValueError, match="variant"):
         pipeline.expand_variants(variants)
@@ -96,37 +121,65 @@ def test_bad_variants(variants):
 
 def test_plan(root):
     steps = pipeline.plan("tiny", root)
-    assert list(steps) == ["00_data", "01_teacher_features", "02_train fd-both-s0", "02_train crd-both-s0",
-                           "03_reparameterize", "04_evaluate", "05_report", "06_search"]
+    assert list(steps) == [
+        "00_data",
+        "01_teacher_features",
+        "02_train fd-both-s0",
+        "02_train crd-both-s0",
+        "03_reparameterize",
+        "04_evaluate",
+        "05_report",
+        "06_search",
+    ]
     assert steps["00_data"].parameters == {"profile": "tiny", "size": 32}
     assert steps["01_teacher_features"].parameters == {"profile": "tiny", "rate": 100000.0}
     assert steps["02_train crd-both-s0"].parameters == {
-        "profile": "tiny", "variant": "crd-both-s0", "method": "crd", "pairs": "both", "seed": 0, "rate": 1e5}
-    assert steps["04_evaluate"].parameters == {"profile": "tiny", "variants": ["fd-both-s0", "crd-both-s0"]}
+        "profile": "tiny",
+        "variant": "crd-both-s0",
+        "method": "crd",
+        "pairs": "both",
+        "seed": 0,
+        "rate": 1e5,
+    }
+    assert steps["04_evaluate"].parameters == {
+        "profile": "tiny",
+        "variants": ["fd-both-s0", "crd-both-s0"],
+    }
     assert steps["02_train crd-both-s0"].done == root / "runs/tiny/crd-both-s0/done.json"
 
 
-@pytest.mark.parametrize("line, nearest", [
-    ("sise: 32", "no notebook has a parameter 'sise'; did you mean 'size'"),
-    ("variant: fd", "no notebook has a parameter 'variant'"),
-    ("size: 1e5", "00_data, size: '1e5' is of type str; write a int"),
-    ("size: 3.0", "00_data, size: 3.0 is of type float; write a int"),
-    ("size: yes", "00_data, size: True is of type bool; write a int"),
-    ("rate: yes", "rate: True is of type bool; write a float"),
-    ("rate: fast", "rate: 'fast' is of type str; write a float"),
-    ("long: 1", "long: 1 is of type int; write a bool"),
-    ("precisions: fp32", "precisions: 'fp32' is of type str; write a list"),
-    ("precisions: [fp32, 3]", "precisions: 3 is of type int; write a str"),
-    ("precisions: [fp32, fb16]", "precisions: 'fb16' is not one of the choices; did you mean 'bf16'"),
-    ("pairs: boht", "pairs: 'boht' is not one of the choices; did you mean 'both'"),
-    ("pairs: long+both", "pairs: 'long\\+both' is not one of the choices"),
-    ("variants: [{method: crd+df, pairs: both}]", "crd\\+df-both, method: 'df' is not .* did you mean 'fd'"),
-    ("variants: [{metod: fd}]", "02_train has no parameter 'metod'; did you mean 'method'"),
-    ("variants: [{size: 3}]", "variants: 02_train has no parameter 'size'"),
-    ("size: [", "while parsing"),
-])
+@pytest.mark.parametrize(
+    "line, nearest",
+    [
+        ("sise: 32", "no notebook has a parameter 'sise'; did you mean 'size'"),
+        ("variant: fd", "no notebook has a parameter 'variant'"),
+        ("size: 1e5", "00_data, size: '1e5' is of type str; write a int"),
+        ("size: 3.0", "00_data, size: 3.0 is of type float; write a int"),
+        ("size: yes", "00_data, size: True is of type bool; write a int"),
+        ("rate: yes", "rate: True is of type bool; write a float"),
+        ("rate: fast", "rate: 'fast' is of type str; write a float"),
+        ("long: 1", "long: 1 is of type int; write a bool"),
+        ("precisions: fp32", "precisions: 'fp32' is of type str; write a list"),
+        ("precisions: [fp32, 3]", "precisions: 3 is of type int; write a str"),
+        (
+            "precisions: [fp32, fb16]",
+            "precisions: 'fb16' is not one of the choices; did you mean 'bf16'",
+        ),
+        ("pairs: boht", "pairs: 'boht' is not one of the choices; did you mean 'both'"),
+        ("pairs: long+both", "pairs: 'long\\+both' is not one of the choices"),
+        (
+            "variants: [{method: crd+df, pairs: both}]",
+            "crd\\+df-both, method: 'df' is not .* did you mean 'fd'",
+        ),
+        ("variants: [{metod: fd}]", "02_train has no parameter 'metod'; did you mean 'method'"),
+        ("variants: [{size: 3}]", "variants: 02_train has no parameter 'size'"),
+        ("size: [", "while parsing"),
+    ],
+)
 def test_refused_before_any_work(root, line, nearest):
-    lines = [old for old in PROFILE.splitlines() if not old.startswith((line.split(":")[0] + ":", "  -"))]
+    lines = [
+        old for old in PROFILE.splitlines() if not old.startswith((line.split(":")[0] + ":", "  -"))
+    ]
     old = [] if line.startswith("variants") else ["  - {method: fd}"]
     (root / "notebooks/profiles/tiny.yaml").write_text("\n".join([*lines, *old, line]))
     with pytest.raises(ValueError, match="tiny.yaml: .*" + nearest):
@@ -135,7 +188,8 @@ def test_refused_before_any_work(root, line, nearest):
 
 def test_accepted(root):
     (root / "notebooks/profiles/tiny.yaml").write_text(
-        "variants: [{method: crd+fd}]\nrate: 1\nteacher_file: 3\nprecisions: [bf16, fp32]\n")
+        "variants: [{method: crd+fd}]\nrate: 1\nteacher_file: 3\nprecisions: [bf16, fp32]\n"
+    )
     steps = pipeline.plan("tiny", root)
     assert repr(steps["01_teacher_features"].parameters["rate"]) == "1.0"
     assert steps["01_teacher_features"].parameters["teacher_file"] == 3
@@ -149,9 +203,11 @@ def test_unknown_profile(root, profile):
 
 
 def test_unknown_steps(root):
-    for arguments, nearest in [(["02_trian", "--variant", "fd-both-s0"], "'02_train fd-both-s0'"),
-                               (["02_train", "--variant", "crd-bth-s0"], "'02_train crd-both-s0'"),
-                               (["00_data", "--variant", "fd-both-s0"], "did you mean")]:
+    for arguments, nearest in [
+        (["02_trian", "--variant", "fd-both-s0"], "'02_train fd-both-s0'"),
+        (["02_train", "--variant", "crd-bth-s0"], "'02_train crd-both-s0'"),
+        (["00_data", "--variant", "fd-both-s0"], "did you mean"),
+    ]:
         code, output = step(root, *arguments)
         assert code == 1 and output.startswith("error: tiny has no step") and nearest in output
         assert output.count("\n") == 1
@@ -160,7 +216,9 @@ def test_unknown_steps(root):
 def test_parameters_cell_is_read_as_python_reads_it(root):
     path = write_notebook(root, "00_data")
     assert pipeline.notebook_parameters(path) == {
-        "profile": ("none", ""), "size": (64, "pixels = height = width")}
+        "profile": ("none", ""),
+        "size": (64, "pixels = height = width"),
+    }
     path.write_text(path.read_text().replace("size = 64", "size = int(64)"))
     with pytest.raises(ValueError, match="00_data.ipynb: .*int\\(64\\)"):
         pipeline.notebook_parameters(path)
@@ -173,7 +231,9 @@ def test_hash_follows_code_only(root):
     notebook["cells"][0]["source"] = ["Other ", "prose."]
     stream = {"output_type": "stream", "name": "stdout", "text": "x"}
     notebook["cells"][2] |= {"execution_count": 3, "outputs": [stream]}
-    notebook["cells"][2]["source"] = [notebook["cells"][2]["source"] + "\n"]  # as JupyterLab writes it: lines
+    notebook["cells"][2]["source"] = [
+        notebook["cells"][2]["source"] + "\n"
+    ]  # as JupyterLab writes it: lines
     notebook["metadata"] = {"papermill": {}}
     path.write_text(json.dumps(notebook))
     assert pipeline.code_hash(path) == before
@@ -182,24 +242,37 @@ def test_hash_follows_code_only(root):
 
 # ---- one step
 
+
 def test_step_succeeds(root, tmp_path, monkeypatch):
     # A kernel of the same name in the user's home folder, of another interpreter, must not be taken.
     spec = tmp_path / "home/kernels/python3/kernel.json"
     spec.parent.mkdir(parents=True)
-    spec.write_text(json.dumps({"argv": ["/bin/false"], "display_name": "other", "language": "python"}))
+    spec.write_text(
+        json.dumps({"argv": ["/bin/false"], "display_name": "other", "language": "python"})
+    )
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "home"))
-    write_notebook(root, "00_data", "import os, sys\nprint(profile, size, sys.executable, os.getcwd())")
+    write_notebook(
+        root, "00_data", "import os, sys\nprint(profile, size, sys.executable, os.getcwd())"
+    )
     code, output = step(root, "00_data")
     assert code == 0, output
     assert f"tiny 32 {sys.executable} {root / 'notebooks'}\n" in output
-    assert re.search(r"^\[ 1/8\] 00_data done in \d+ s; \d+ s gone, time left unknown$", output, re.M), output
+    assert re.search(
+        r"^\[ 1/8\] 00_data done in \d+ s; \d+ s gone, time left unknown$", output, re.M
+    ), output
     done = json.loads((root / "runs/tiny/data/done.json").read_text())
     steps = pipeline.plan("tiny", root)
-    assert done["step"] == "00_data" and done["seconds"] > 0 and done["made_by"] == steps["00_data"].made_by
+    assert (
+        done["step"] == "00_data"
+        and done["seconds"] > 0
+        and done["made_by"] == steps["00_data"].made_by
+    )
     executed = json.loads((root / "runs/tiny/data/00_data.ipynb").read_text())
     assert "tiny 32" in str(executed["cells"][-1]["outputs"])
     assert left(root) == ["00_data.ipynb", "done.json"]
-    assert pipeline.finished(steps["00_data"], steps) and not pipeline.finished(steps["05_report"], steps)
+    assert pipeline.finished(steps["00_data"], steps) and not pipeline.finished(
+        steps["05_report"], steps
+    )
 
 
 def test_step_fails(root):
@@ -249,7 +322,11 @@ def test_step_told_to_stop(root, monkeypatch, number, asked):
     read_until(process, "training")
     process.send_signal(number)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 1 and f"Stopped: stopped by {int(number)}" in output and "00_data.ipynb was stopped" in output
+    assert (
+        process.returncode == 1
+        and f"Stopped: stopped by {int(number)}" in output
+        and "00_data.ipynb was stopped" in output
+    )
     assert left(root) == ["00_data.failed.ipynb"]
     assert ((root / "asked").read_text().strip() if (root / "asked").exists() else None) == asked
 
@@ -266,12 +343,25 @@ def test_step_outside_training_goes_on(root):
 def test_full_disk(root):
     """Limited to files of 3 kB: the step says what is wrong, loses nothing and succeeds when there is space."""
     write_notebook(root, "00_data", "open('kept.txt', 'w').write('x' * 1000)\nprint('y' * 4000)")
-    limited = ["-c", "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); from jettclip.pipeline import main; main()"]
-    process = subprocess.run([sys.executable, *limited, "run", "00_data", "--profile", "tiny"], cwd=root, capture_output=True, text=True,
-                             env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
-    said = process.stderr.rpartition("error: ")[2]  # the kernel, which has no room either, may have complained before
+    limited = [
+        "-c",
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); from jettclip.pipeline import main; main()",
+    ]
+    process = subprocess.run(
+        [sys.executable, *limited, "run", "00_data", "--profile", "tiny"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    said = process.stderr.rpartition("error: ")[
+        2
+    ]  # the kernel, which has no room either, may have complained before
     assert process.returncode == 1 and "File too large" in said and "Traceback" not in said
-    assert not (root / "runs/tiny/data/done.json").exists() and not (root / "runs/tiny/data/.lock").exists()
+    assert (
+        not (root / "runs/tiny/data/done.json").exists()
+        and not (root / "runs/tiny/data/.lock").exists()
+    )
     assert step(root, "00_data")[0] == 0 and left(root) == ["00_data.ipynb", "done.json"]
 
 
@@ -283,15 +373,19 @@ def test_progress_line(root, monkeypatch):
         steps[label].done.write_text(json.dumps({"made_by": steps[label].made_by}))
 
     (root / "results/tiny").mkdir(parents=True)
-    (root / "results/tiny/timings.csv").write_text("02_train s0,900\n03_reparameterize,100\n04_evaluate,90\n")
+    (root / "results/tiny/timings.csv").write_text(
+        "02_train s0,900\n03_reparameterize,100\n04_evaluate,90\n"
+    )
     for label in ["00_data", "01_teacher_features", "02_train fd-both-s0"]:
         finish(label)
-    (root / "runs/tiny/timings.csv").write_text("00_data,5\n02_train fd-both-s0,60\n02_train fd-both-s1,71\n"
-                                                "02_train fd-both-s2,500\n")
+    (root / "runs/tiny/timings.csv").write_text(
+        "00_data,5\n02_train fd-both-s0,60\n02_train fd-both-s1,71\n02_train fd-both-s2,500\n"
+    )
     monkeypatch.setenv("JETTCLIP_STARTED", str(time.time() - 250.4))
     # left: the other variant (median 71 here), 100 and 90 (committed), and 05_report and 06_search, never timed
     assert pipeline.progress_line(steps["02_train fd-both-s0"], 71.2, steps) == (
-        "[ 3/8] 02_train fd-both-s0 done in 71 s; 4 min 10 s gone, about 4 min 21 s left and 2 never timed")
+        "[ 3/8] 02_train fd-both-s0 done in 71 s; 4 min 10 s gone, about 4 min 21 s left and 2 never timed"
+    )
     for label in list(steps)[3:]:
         finish(label)
     line = pipeline.progress_line(steps["05_report"], 2, steps)
@@ -302,11 +396,26 @@ def test_progress_line(root, monkeypatch):
 
 # ---- all steps, with the real Snakefile and the flags of the Makefile
 
+
 def snakemake(root, *more, config=()):
     flags = re.search(r"SNAKEMAKE_FLAGS = (.*)\\\n(.*)", (REPOSITORY / "Makefile").read_text())
-    flags = (flags[1] + flags[2]).replace("$${OMP_NUM_THREADS:-all}", "1").replace("$(QUIET)", "--quiet all")
-    return command(root, "snakemake", "notebooks", "--snakefile", str(REPOSITORY / "Snakefile"),
-                   *flags.split(), *more, "--config", "profile=tiny", *config)
+    flags = (
+        (flags[1] + flags[2])
+        .replace("$${OMP_NUM_THREADS:-all}", "1")
+        .replace("$(QUIET)", "--quiet all")
+    )
+    return command(
+        root,
+        "snakemake",
+        "notebooks",
+        "--snakefile",
+        str(REPOSITORY / "Snakefile"),
+        *flags.split(),
+        *more,
+        "--config",
+        "profile=tiny",
+        *config,
+    )
 
 
 def executed(root, *more, config=()):
@@ -332,22 +441,33 @@ def test_snakemake(root):
     code, steps, output = executed(root)
     assert code != 0 and "AssertionError: no crd today" in output
     assert f"its executed copy is {root}/runs/tiny/crd-both-s0/02_train.failed.ipynb" in output
-    assert steps == ["00_data", "01_teacher_features", "02_train fd-both-s0", "02_train crd-both-s0"]
+    assert steps == [
+        "00_data",
+        "01_teacher_features",
+        "02_train fd-both-s0",
+        "02_train crd-both-s0",
+    ]
 
     # Its code changed, so both variants have to run; training resumes from what else the run folder holds.
     write_notebook(root, "02_train", "pass")
     (root / "runs/tiny/crd-both-s0/last.ckpt").write_text("half trained")
     # 04 kills Snakemake, and runs on until it is told to end.
-    write_notebook(root, "04_evaluate", textwrap.dedent("""
+    write_notebook(
+        root,
+        "04_evaluate",
+        textwrap.dedent("""
         import pathlib, psutil, time
         psutil.Process().parents()[1].kill()
         while not pathlib.Path("end").exists():
-            time.sleep(0.1)"""))
+            time.sleep(0.1)"""),
+    )
     first = snakemake(root)
     steps = read_until(first, "04_evaluate started")
     assert first.wait() == -signal.SIGKILL
     assert [line for line in steps if line.endswith(" started")][:2] == [
-        "02_train fd-both-s0 started", "02_train crd-both-s0 started"]
+        "02_train fd-both-s0 started",
+        "02_train crd-both-s0 started",
+    ]
     assert (root / "runs/tiny/crd-both-s0/last.ckpt").read_text() == "half trained"
 
     # Started again, it waits for 04, which is not run twice, and goes on from there.
@@ -356,8 +476,9 @@ def test_snakemake(root):
     (root / "notebooks/end").touch()
     steps += second.communicate(timeout=120)[0].splitlines()
     assert second.returncode == 0
-    assert [step for step in pipeline.plan("tiny", root) if steps.count(f"{step} started") != 1] == [
-        "00_data", "01_teacher_features"]  # both were finished before
+    assert [
+        step for step in pipeline.plan("tiny", root) if steps.count(f"{step} started") != 1
+    ] == ["00_data", "01_teacher_features"]  # both were finished before
     assert steps[-1].startswith("[ 8/8] 06_search done in")
     assert not [line for line in steps if re.match("rule|localrule|Job|Building DAG", line)]
     assert (root / "results/tiny/timings.csv").read_text().count("\n") == 8  # fd was trained twice
@@ -380,11 +501,22 @@ def test_a_failed_student_is_a_hole(root):
     write_notebook(root, "04_evaluate", "print('without', failed)")
     code, steps, output = executed(root, "--keep-going")
     assert code == 1 and steps[2:] == ["02_train fd-both-s0", "02_train crd-both-s0"]
-    assert (root / "runs/tiny/fd-both-s0/02_train.failed.ipynb").exists() and "no fd today" in output
+    assert (
+        root / "runs/tiny/fd-both-s0/02_train.failed.ipynb"
+    ).exists() and "no fd today" in output
 
     code, steps, output = executed(root, config=["holes=1"])
-    assert code == 0 and sorted(steps) == ["03_reparameterize", "04_evaluate", "05_report", "06_search"]
-    assert "without ['fd-both-s0']" in output and "/8] 05_report done" in output and "[ 8/8]" not in output  # what follows a hole is unfinished
+    assert code == 0 and sorted(steps) == [
+        "03_reparameterize",
+        "04_evaluate",
+        "05_report",
+        "06_search",
+    ]
+    assert (
+        "without ['fd-both-s0']" in output
+        and "/8] 05_report done" in output
+        and "[ 8/8]" not in output
+    )  # what follows a hole is unfinished
 
     write_notebook(root, "02_train", "pass")
     code, steps, output = executed(root, "--keep-going")

@@ -3,6 +3,7 @@
 The mean over the processes of their losses is the loss of one process over the whole batch, and so are the gradients.
 Here too: how torchrun starts them, alone or on the nodes of a Slurm job, and how they are told to stop.
 """
+
 import argparse
 import contextlib
 import ctypes
@@ -52,7 +53,9 @@ def average_gradients(parameters):
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     together = torch.cat([p.grad.flatten() for p in parameters])
     dist.all_reduce(together)
-    for p, grad in zip(parameters, together.div_(dist.get_world_size()).split([p.numel() for p in parameters])):
+    for p, grad in zip(
+        parameters, together.div_(dist.get_world_size()).split([p.numel() for p in parameters])
+    ):
         p.grad.copy_(grad.view(p.shape))
 
 
@@ -109,6 +112,7 @@ def stop_signal():
 
 # ---- starting them
 
+
 def in_processes(run, job):
     """run(job) in this process; where torchrun started it, in its group, of which the first process alone reports."""
     if "RANK" not in os.environ:  # torchrun sets it
@@ -129,17 +133,52 @@ def torchrun_command(processes, environment):
     """
     nodes = int(environment.get("SLURM_JOB_NUM_NODES", 1))
     if processes % nodes:
-        raise ValueError(f"{processes} processes do not divide among the {nodes} nodes of this Slurm job")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes // nodes)]
+        raise ValueError(
+            f"{processes} processes do not divide among the {nodes} nodes of this Slurm job"
+        )
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(processes // nodes),
+    ]
     if nodes == 1:
         return [*torchrun, "--standalone"]
-    names = subprocess.run(["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True)
+    names = subprocess.run(
+        ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     job = environment["SLURM_JOB_ID"]
-    cpus = ["--cpus-per-task", environment["SLURM_CPUS_PER_TASK"]] if "SLURM_CPUS_PER_TASK" in environment else []
+    cpus = (
+        ["--cpus-per-task", environment["SLURM_CPUS_PER_TASK"]]
+        if "SLURM_CPUS_PER_TASK" in environment
+        else []
+    )
     # --overlap: the notebook's own step holds the processors and GPUs of the job already.
-    return ["srun", "--overlap", "--nodes", str(nodes), "--ntasks", str(nodes), "--ntasks-per-node", "1", *cpus, "--kill-on-bad-exit",
-            *torchrun, "--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-id", job,
-            "--rdzv-endpoint", f"{names.stdout.split()[0]}:{20000 + int(job) % 10000}"]
+    return [
+        "srun",
+        "--overlap",
+        "--nodes",
+        str(nodes),
+        "--ntasks",
+        str(nodes),
+        "--ntasks-per-node",
+        "1",
+        *cpus,
+        "--kill-on-bad-exit",
+        *torchrun,
+        "--nnodes",
+        str(nodes),
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-id",
+        job,
+        "--rdzv-endpoint",
+        f"{names.stdout.split()[0]}:{20000 + int(job) % 10000}",
+    ]
 
 
 def torchrun(module, argument, processes):
@@ -147,16 +186,31 @@ def torchrun(module, argument, processes):
 
     Stopped if they stopped on a signal, else RuntimeError with the last lines, which hold the worker's traceback.
     """
+
     def before_start():  # in the child
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm signals every process; the workers answer
+        signal.signal(
+            signal.SIGUSR1, signal.SIG_IGN
+        )  # Slurm signals every process; the workers answer
         if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: if this process is killed, the workers stop too
+            ctypes.CDLL(None).prctl(
+                1, signal.SIGTERM
+            )  # PR_SET_PDEATHSIG: if this process is killed, the workers stop too
 
     command = [*torchrun_command(processes, os.environ), "-m", module, argument]
-    with stoppable(), subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                       preexec_fn=before_start) as workers:
+    with (
+        stoppable(),
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=before_start,
+        ) as workers,
+    ):
         for number in STOP_SIGNALS:
-            signal.signal(number, lambda *_: workers.send_signal(signal.SIGTERM))  # torchrun passes it on
+            signal.signal(
+                number, lambda *_: workers.send_signal(signal.SIGTERM)
+            )  # torchrun passes it on
         tail = deque(maxlen=100)
         for line in workers.stdout:
             print(line, end="", flush=True)
@@ -176,6 +230,10 @@ def start(module, run, job, processes=1):
 
 def command_line(module, description, notebook, run):
     """The command line of a `module` that runs one job file, alone or as a process of torchrun."""
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("job", help=f"a job.json, as notebook {notebook} writes it")
     in_processes(run, json.loads(Path(parser.parse_args().job).read_text()))

@@ -1,4 +1,5 @@
 """Counts agree with counting by hand, and the clock gives every call its turn."""
+
 import json
 import shutil
 
@@ -7,22 +8,35 @@ import torch
 from conftest import tiny_model
 
 import jettclip
-from jettclip import deploy
+from jettclip.deploy import export as deploy
 from jettclip.deploy import benchmark, gmacs, max_difference, pack, parameters_m
 
 
 def layer(length, width, queries=None):
     """Multiply-accumulates of a transformer layer: keys and values of all tokens, the rest of `queries` tokens only."""
     queries = queries or length
-    return 2 * length * width ** 2 + queries * (2 * width ** 2 + 8 * width ** 2) + 2 * queries * length * width
+    return (
+        2 * length * width**2
+        + queries * (2 * width**2 + 8 * width**2)
+        + 2 * queries * length * width
+    )
 
 
 def test_gmacs_by_hand():
-    model = jettclip.create_model("LongCLIP-B", vision_width=128, vision_layers=2, text_width=64, text_heads=1, text_layers=3,
-                                  embed_dim=32).eval()
+    model = jettclip.create_model(
+        "LongCLIP-B",
+        vision_width=128,
+        vision_layers=2,
+        text_width=64,
+        text_heads=1,
+        text_layers=3,
+        embed_dim=32,
+    ).eval()
     image, text = gmacs(model, tokens=50)
     patches = (224 // 16) ** 2
-    assert image * 1e9 == pytest.approx(patches * 3 * 16 ** 2 * 128 + 2 * layer(patches + 1, 128) + 128 * 32)
+    assert image * 1e9 == pytest.approx(
+        patches * 3 * 16**2 * 128 + 2 * layer(patches + 1, 128) + 128 * 32
+    )
     assert text * 1e9 == pytest.approx(2 * layer(50, 64) + layer(50, 64, queries=1) + 64 * 32)
 
 
@@ -38,9 +52,15 @@ def test_parameters():
 
 def test_calls_take_turns():
     turns = []
-    table = benchmark({"one": lambda: turns.append(1), "two": lambda: turns.append(2)}, repeats=5, warmup=2)
+    table = benchmark(
+        {"one": lambda: turns.append(1), "two": lambda: turns.append(2)}, repeats=5, warmup=2
+    )
     assert turns == [1, 2] * 7
-    assert table.name.tolist() == ["one", "two"] and (table.p50_ms <= table.p90_ms).all() and (table.p50_ms >= 0).all()
+    assert (
+        table.name.tolist() == ["one", "two"]
+        and (table.p50_ms <= table.p90_ms).all()
+        and (table.p50_ms >= 0).all()
+    )
 
 
 def test_largest_difference_of_folding():
@@ -51,7 +71,10 @@ def test_largest_difference_of_folding():
     assert max(max_difference(model, tiny_model(seed=1).eval(), images, tokens)) > 0.01
 
 
-@pytest.mark.parametrize("name, sizes", [("JettCLIP-T", {"image_size": 64}), ("LongCLIP-B", {"vision_layers": 2, "text_layers": 2})])
+@pytest.mark.parametrize(
+    "name, sizes",
+    [("JettCLIP-T", {"image_size": 64}), ("LongCLIP-B", {"vision_layers": 2, "text_layers": 2})],
+)
 def test_packed_weights_change_nothing(name, sizes):
     torch.manual_seed(0)
     model = jettclip.create_model(name, **sizes).eval()
@@ -66,7 +89,10 @@ def test_packed_weights_change_nothing(name, sizes):
 
 def test_packed_weights_of_two_models_stay_apart():
     models = [tiny_model(seed=seed).eval() for seed in (0, 1)]
-    images, tokens = torch.rand(2, 3, 32, 32), jettclip.get_tokenizer("JettCLIP-T")(["a red ring", "a blue star"])
+    images, tokens = (
+        torch.rand(2, 3, 32, 32),
+        jettclip.get_tokenizer("JettCLIP-T")(["a red ring", "a blue star"]),
+    )
     packed = [pack(model) for model in models]
     for model, one in [*zip(models, packed)] * 2:
         assert max(max_difference(model, one, images, tokens)) < 1e-5
@@ -78,12 +104,21 @@ def test_export_refuses_graphs_that_differ(exported, monkeypatch, tmp_path):
     with pytest.raises(FileExistsError, match="kept holds something else than an export"):
         deploy.export(exported[0], tmp_path / "kept")
     shutil.copytree(exported[1], tmp_path / "old")
-    monkeypatch.setattr(torch.export, "export", lambda *args, **options: None)  # which takes seconds
-    monkeypatch.setattr(torch.onnx, "export", lambda program, f, **options: shutil.copy(exported[1] / f.name, f))
-    with pytest.raises(RuntimeError, match="the exported JettCLIP-T differs from PyTorch's by .*: nothing was written"):
+    monkeypatch.setattr(
+        torch.export, "export", lambda *args, **options: None
+    )  # which takes seconds
+    monkeypatch.setattr(
+        torch.onnx, "export", lambda program, f, **options: shutil.copy(exported[1] / f.name, f)
+    )
+    with pytest.raises(
+        RuntimeError,
+        match="the exported JettCLIP-T differs from PyTorch's by .*: nothing was written",
+    ):
         deploy.export(tiny_model(seed=1), tmp_path / "old")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "old"]
-    assert json.loads((tmp_path / "old/deploy.json").read_text()) == json.loads((exported[1] / "deploy.json").read_text())
+    assert json.loads((tmp_path / "old/deploy.json").read_text()) == json.loads(
+        (exported[1] / "deploy.json").read_text()
+    )
     deploy.export(exported[0], tmp_path / "old")  # an earlier export is replaced
     files = sorted(path.name for path in (tmp_path / "old").iterdir())
     assert files == ["deploy.json", "image.onnx", "text.onnx", "tokenizer.json"]

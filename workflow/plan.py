@@ -21,6 +21,7 @@ notebooks that declare them.
 A step that is told to end (SIGTERM, SIGUSR1) tells its notebook, where training saves a checkpoint. Slurm sends SIGUSR1 before
 a job's time limit; the job is then put back into the queue and goes on from there.
 """
+
 import argparse
 import ast
 import contextlib
@@ -60,11 +61,14 @@ GIVEN = {"profile", "variant", "variants", "failed"}  # parameters set here, nev
 @dataclass(frozen=True)
 class Step:
     """One execution of one notebook."""
+
     label: str  # "00_data", "02_train fd-both-s0"
     notebook: str
     done: Path  # written after success, in the folder of the executed notebook
     parameters: dict
-    made_by: str  # hash of the code cells, and the parameters: if it changes, the step has to run again
+    made_by: (
+        str  # hash of the code cells, and the parameters: if it changes, the step has to run again
+    )
 
 
 def results_folder(profile, root="."):
@@ -84,7 +88,11 @@ def _nearest(value, choices):
 
 def _code_cells(path):
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-    return [("".join(c["source"]), c["metadata"].get("tags", [])) for c in cells if c["cell_type"] == "code"]
+    return [
+        ("".join(c["source"]), c["metadata"].get("tags", []))
+        for c in cells
+        if c["cell_type"] == "code"
+    ]
 
 
 def code_hash(path):
@@ -104,7 +112,9 @@ def notebook_parameters(path):
     lines, parameters = sources[0].encode().splitlines(), {}  # bytes, as ast counts them
     for node in ast.parse(sources[0]).body:
         try:
-            comment = lines[node.end_lineno - 1][node.end_col_offset:].decode().partition("#")[2].strip()
+            comment = (
+                lines[node.end_lineno - 1][node.end_col_offset :].decode().partition("#")[2].strip()
+            )
             parameters[node.targets[0].id] = (ast.literal_eval(node.value), comment)
         except (AttributeError, ValueError):
             line = lines[node.lineno - 1].decode()
@@ -118,8 +128,10 @@ def check_value(where, value, default, comment=""):
         with contextlib.suppress(ValueError):
             value = float(value)  # to YAML, 1e5 without a point is a string
     if default is not None and type(value) is not type(default):
-        raise ValueError(f"{where}: {value!r} is of type {type(value).__name__}; "
-                         f"write a {type(default).__name__}, as its default {default!r} is.")
+        raise ValueError(
+            f"{where}: {value!r} is of type {type(value).__name__}; "
+            f"write a {type(default).__name__}, as its default {default!r} is."
+        )
     if isinstance(value, list) and default:
         value = [check_value(where, item, default[0]) for item in value]
     if listed := re.match(r"(one|sum) of: ([\w ,.-]+)", comment):
@@ -127,26 +139,41 @@ def check_value(where, value, default, comment=""):
         items = [str(item) for item in (value if isinstance(value, list) else [value])]
         for part in "+".join(items).split("+") if listed[1] == "sum" else items:
             if part not in choices:
-                raise ValueError(f"{where}: {part!r} is not one of the choices; {_nearest(part, choices)}")
+                raise ValueError(
+                    f"{where}: {part!r} is not one of the choices; {_nearest(part, choices)}"
+                )
     return value
 
 
 def expand_variants(variants):
     """{run folder: {parameter: value}} of a profile's list of variants; a list as a value makes a product."""
-    if not isinstance(variants, list) or not variants or not all(isinstance(v, dict) for v in variants):
-        raise ValueError("variants must be a list of mappings, such as `- {method: fd, seed: [0, 1]}`.")
+    if (
+        not isinstance(variants, list)
+        or not variants
+        or not all(isinstance(v, dict) for v in variants)
+    ):
+        raise ValueError(
+            "variants must be a list of mappings, such as `- {method: fd, seed: [0, 1]}`."
+        )
     runs = {}
     for entry in variants:
-        for combination in itertools.product(*(v if isinstance(v, list) else [v] for v in entry.values())):
+        for combination in itertools.product(
+            *(v if isinstance(v, list) else [v] for v in entry.values())
+        ):
             run = dict(zip(entry, combination))
             if run.get("method") == "none":
                 run.pop("pairs", None)  # nothing is distilled, so there are no pairs to distil from
-            shown = {key: "_".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in run.items()}
+            shown = {
+                key: "_".join(map(str, value)) if isinstance(value, list) else str(value)
+                for key, value in run.items()
+            }
             parts = [shown[key] for key in ("method", "pairs") if key in run]
             parts += [f"{key}{shown[key]}" for key in run if key not in ("method", "pairs", "seed")]
             name = "-".join(parts + ([f"s{run['seed']}"] if "seed" in run else []))
             if name in runs or not re.fullmatch(r"[\w.+-]+", name):
-                raise ValueError(f"variant {name!r} is there twice, or cannot name a folder; change it.")
+                raise ValueError(
+                    f"variant {name!r} is there twice, or cannot name a folder; change it."
+                )
             runs[name] = run
     return runs
 
@@ -156,7 +183,9 @@ def plan(profile, root="."):
     root = Path(root).resolve()
     paths = {path.stem: path for path in sorted(root.glob("notebooks/profiles/*.yaml"))}
     if profile not in paths:
-        raise ValueError(f"no notebooks/profiles/{profile}.yaml in {root}; {_nearest(profile, paths)}")
+        raise ValueError(
+            f"no notebooks/profiles/{profile}.yaml in {root}; {_nearest(profile, paths)}"
+        )
     declared = {name: notebook_parameters(root / f"notebooks/{name}.ipynb") for name in NOTEBOOKS}
     for name, parameters in declared.items():
         for key in {"profile", "variant" if name == "02_train" else "profile"} - parameters.keys():
@@ -171,17 +200,24 @@ def plan(profile, root="."):
         for key in values.keys() - of_any:
             raise ValueError(f"no notebook has a parameter {key!r}; {_nearest(key, of_any)}")
         for key in set().union(*runs.values()) - of_train:
-            raise ValueError(f"variants: 02_train has no parameter {key!r}; {_nearest(key, of_train)}")
+            raise ValueError(
+                f"variants: 02_train has no parameter {key!r}; {_nearest(key, of_train)}"
+            )
         for notebook, (folder, _) in NOTEBOOKS.items():
             for variant in runs if notebook == "02_train" else [None]:
                 label = f"{notebook} {variant}" if variant else notebook
                 own = runs[variant] | {"variant": variant} if variant else {}
                 passed = values | own | {"profile": profile, "variants": list(runs)}
-                parameters = {key: check_value(f"{label}, {key}", passed[key], default, comment)
-                              for key, (default, comment) in declared[notebook].items() if key in passed}
+                parameters = {
+                    key: check_value(f"{label}, {key}", passed[key], default, comment)
+                    for key, (default, comment) in declared[notebook].items()
+                    if key in passed
+                }
                 done = root / "runs" / profile / folder.format(variant=variant) / "done.json"
                 code = code_hash(root / f"notebooks/{notebook}.ipynb")
-                counted = {key: value for key, value in parameters.items() if key != "profile"}  # a name changes no result
+                counted = {
+                    key: value for key, value in parameters.items() if key != "profile"
+                }  # a name changes no result
                 made_by = json.dumps({"code": code, "parameters": counted}, sort_keys=True)
                 steps[label] = Step(label, notebook, done, parameters, made_by)
     except (ValueError, yaml.YAMLError) as error:
@@ -191,15 +227,24 @@ def plan(profile, root="."):
 
 def finished(step, steps):
     """Whether done.json is there, of the same code and parameters, and no older than what the step needs."""
-    if not step.done.exists() or json.loads(step.done.read_text(encoding="utf-8"))["made_by"] != step.made_by:
+    if (
+        not step.done.exists()
+        or json.loads(step.done.read_text(encoding="utf-8"))["made_by"] != step.made_by
+    ):
         return False
     needed = [s for s in steps.values() if s.notebook in NOTEBOOKS[step.notebook][1]]
-    return all(finished(s, steps) and s.done.stat().st_mtime <= step.done.stat().st_mtime for s in needed)
+    return all(
+        finished(s, steps) and s.done.stat().st_mtime <= step.done.stat().st_mtime for s in needed
+    )
 
 
 def without_student(steps):
     """Folders of the variants that are not trained: failed, cancelled, or not yet run."""
-    return [step.done.parent.name for step in steps.values() if step.notebook == "02_train" and not finished(step, steps)]
+    return [
+        step.done.parent.name
+        for step in steps.values()
+        if step.notebook == "02_train" and not finished(step, steps)
+    ]
 
 
 def execute(notebook, output, parameters):
@@ -223,20 +268,34 @@ def execute(notebook, output, parameters):
                 came.append(number)
                 with contextlib.suppress(ProcessLookupError):  # it has ended already
                     os.kill(self.provisioner.pid, number)
+
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, pass_on)
 
-    logging.getLogger("papermill").setLevel("ERROR")  # it warns of parameters that its pattern cannot read
+    logging.getLogger("papermill").setLevel(
+        "ERROR"
+    )  # it warns of parameters that its pattern cannot read
     came = []
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the kernel inherits that: it has no answer to it but in training
+    signal.signal(
+        signal.SIGUSR1, signal.SIG_IGN
+    )  # the kernel inherits that: it has no answer to it but in training
     partial, failed = output.with_suffix(".partial.ipynb"), output.with_suffix(".failed.ipynb")
     output.unlink(missing_ok=True)
     failed.unlink(missing_ok=True)
     try:
         papermill.execute_notebook(
-            notebook, partial, parameters, cwd=notebook.parent, language="python", kernel_name="python3",
-            kernel_manager_class=MyKernel, extra_arguments=["--log-level=CRITICAL"],
-            progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
+            notebook,
+            partial,
+            parameters,
+            cwd=notebook.parent,
+            language="python",
+            kernel_name="python3",
+            kernel_manager_class=MyKernel,
+            extra_arguments=["--log-level=CRITICAL"],
+            progress_bar=False,
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+        )
     except Exception as error:  # of the notebook's code, or of a kernel that died
         if partial.exists():
             partial.replace(failed)
@@ -244,8 +303,10 @@ def execute(notebook, output, parameters):
         stopped = getattr(error, "ename", None) == "Stopped"
         if stopped and signal.SIGUSR1 in came and "SLURM_JOB_ID" in os.environ:
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]])
-        raise RuntimeError(f"{message}\n{notebook.name} {'was stopped' if stopped else 'failed'}; "
-                           f"its executed copy is {failed}") from None
+        raise RuntimeError(
+            f"{message}\n{notebook.name} {'was stopped' if stopped else 'failed'}; "
+            f"its executed copy is {failed}"
+        ) from None
     partial.replace(output)
 
 
@@ -258,11 +319,16 @@ def run(step, steps):
         given = {"failed": without_student(steps)}
 
     def waiting():
-        waited.append(True)  # for example: Snakemake was killed, but the notebook it started still runs
+        waited.append(
+            True
+        )  # for example: Snakemake was killed, but the notebook it started still runs
         print(f"{step.label} is being run by another process; waiting for it", flush=True)
 
     def lost():
-        print(f"{step.label} is being run by another process, which took this one for dead; this one ends", flush=True)
+        print(
+            f"{step.label} is being run by another process, which took this one for dead; this one ends",
+            flush=True,
+        )
         os.kill(os.getpid(), signal.SIGTERM)
 
     with Lock(folder / ".lock", waiting, lost):
@@ -271,13 +337,21 @@ def run(step, steps):
         print(f"{step.label} started", flush=True)
         started = time.time()
         step.done.unlink(missing_ok=True)
-        execute(root / f"notebooks/{step.notebook}.ipynb", folder / f"{step.notebook}.ipynb", step.parameters | given)
+        execute(
+            root / f"notebooks/{step.notebook}.ipynb",
+            folder / f"{step.notebook}.ipynb",
+            step.parameters | given,
+        )
         seconds, partial = round(time.time() - started, 1), folder / "done.partial"
-        partial.write_text(json.dumps({"step": step.label, "seconds": seconds, "made_by": step.made_by}))
+        partial.write_text(
+            json.dumps({"step": step.label, "seconds": seconds, "made_by": step.made_by})
+        )
         partial.replace(step.done)
     with open(folder.parent / "timings.csv", "a") as file:
         file.write(f"{step.label},{seconds}\n")
-    if step.notebook == "05_report":  # committed with the results, another machine can guess its time by it
+    if (
+        step.notebook == "05_report"
+    ):  # committed with the results, another machine can guess its time by it
         results = results_folder(step.parameters["profile"], root)
         results.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder.parent / "timings.csv", results)
@@ -285,14 +359,18 @@ def run(step, steps):
 
 
 def _duration(seconds):
-    return f"{seconds:.0f} s" if seconds < 100 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    return (
+        f"{seconds:.0f} s" if seconds < 100 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    )
 
 
 def _times(path):
     """{notebook: median seconds} of a timings.csv."""
     rows = [line.rsplit(",", 1) for line in path.read_text().splitlines()] if path.exists() else []
-    return {name: statistics.median(float(value) for label, value in rows if label.split()[0] == name)
-            for name in {label.split()[0] for label, _ in rows}}
+    return {
+        name: statistics.median(float(value) for label, value in rows if label.split()[0] == name)
+        for name in {label.split()[0] for label, _ in rows}
+    }
 
 
 def progress_line(step, seconds, steps):
@@ -301,17 +379,24 @@ def progress_line(step, seconds, steps):
     times = _times(results / "timings.csv") | _times(step.done.parents[1] / "timings.csv")
     waiting = [s for s in steps.values() if s != step and not finished(s, steps)]
     left = [times[s.notebook] for s in waiting if s.notebook in times]
-    rest = f", about {_duration(sum(left))} left" if left else ", time left unknown" if waiting else ""
+    rest = (
+        f", about {_duration(sum(left))} left" if left else ", time left unknown" if waiting else ""
+    )
     rest += f" and {len(waiting) - len(left)} never timed" if 0 < len(left) < len(waiting) else ""
-    gone = time.time() - float(os.environ.get("JETTCLIP_STARTED", time.time() - seconds))  # see the Snakefile
+    gone = time.time() - float(
+        os.environ.get("JETTCLIP_STARTED", time.time() - seconds)
+    )  # see the Snakefile
     count = f"[{len(steps) - len(waiting):2}/{len(steps)}] {step.label}"
     return f"{count} done in {_duration(seconds)}; {_duration(gone)} gone{rest}"
 
 
 def main(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m jettclip.pipeline", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m jettclip.pipeline",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="validate a profile and print its steps")
     one = commands.add_parser("run", help="execute one notebook of a profile")
@@ -332,7 +417,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on from here")
     for step in steps.values():
-        shown = ", ".join(f"{key}={value}" for key, value in step.parameters.items() if key not in GIVEN)
+        shown = ", ".join(
+            f"{key}={value}" for key, value in step.parameters.items() if key not in GIVEN
+        )
         print(f"{'done ' if finished(step, steps) else 'to do'}  {step.label:30}  {shown}".rstrip())
 
 

@@ -23,22 +23,38 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 # Ground name -> RGB. All are light or muted, so that every object stands out.
 GROUNDS = {
-    "grey": (168, 168, 168), "pale blue": (178, 208, 236), "beige": (226, 208, 170),
-    "lilac": (206, 194, 228), "pale green": (186, 222, 184), "brown": (142, 112, 88),
+    "grey": (168, 168, 168),
+    "pale blue": (178, 208, 236),
+    "beige": (226, 208, 170),
+    "lilac": (206, 194, 228),
+    "pale green": (186, 222, 184),
+    "brown": (142, 112, 88),
 }
 WHITE, DARK = (255, 255, 255), (50, 25, 15)
 # Colour name -> RGB of the object and RGB of the marks (stripes, dots) on it.
 COLOURS = {
-    "red": ((215, 25, 30), WHITE), "yellow": ((255, 232, 30), DARK), "green": ((0, 135, 50), WHITE),
-    "blue": ((30, 70, 225), WHITE), "purple": ((125, 30, 150), WHITE), "black": ((20, 20, 20), WHITE),
+    "red": ((215, 25, 30), WHITE),
+    "yellow": ((255, 232, 30), DARK),
+    "green": ((0, 135, 50), WHITE),
+    "blue": ((30, 70, 225), WHITE),
+    "purple": ((125, 30, 150), WHITE),
+    "black": ((20, 20, 20), WHITE),
 }
 SIZES = {"small": 0.6, "large": 0.88}  # width as a fraction of a cell
-PLACES = tuple(f"{row} {column}" for row in ("top", "middle", "bottom")
-               for column in ("left", "centre", "right"))
+PLACES = tuple(
+    f"{row} {column}"
+    for row in ("top", "middle", "bottom")
+    for column in ("left", "centre", "right")
+)
 PATTERNS = ("plain", "striped", "dotted")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
-ATTRIBUTES = {"size": tuple(SIZES), "pattern": PATTERNS, "colour": tuple(COLOURS),
-              "shape": SHAPES, "place": PLACES}
+ATTRIBUTES = {
+    "size": tuple(SIZES),
+    "pattern": PATTERNS,
+    "colour": tuple(COLOURS),
+    "shape": SHAPES,
+    "place": PLACES,
+}
 COUNTS = {5: "five", 6: "six", 7: "seven", 8: "eight"}
 
 OPENINGS = (
@@ -98,11 +114,16 @@ def scene(seed: int, index: int) -> Scene:
     ground, count, opening = pick(GROUNDS), pick(COUNTS), pick(OPENINGS)
     # Three forms of like length, so that some captions are terse (most of them) and others wordy.
     terse = int((len(SENTENCES) - 2) * rng.uniform() ** 2)
-    forms = SENTENCES[terse:terse + 3]
+    forms = SENTENCES[terse : terse + 3]
     objects = [
         Object(
-            pick(SIZES), pick(PATTERNS), pick(COLOURS), pick(SHAPES), PLACES[cell],
-            shift=tuple(rng.uniform(-0.04, 0.04, 2).tolist()), sentence=pick(forms),
+            pick(SIZES),
+            pick(PATTERNS),
+            pick(COLOURS),
+            pick(SHAPES),
+            PLACES[cell],
+            shift=tuple(rng.uniform(-0.04, 0.04, 2).tolist()),
+            sentence=pick(forms),
         )
         for cell in rng.permutation(len(PLACES))[:count]
     ]
@@ -181,9 +202,12 @@ def draw(scene: Scene, size: int = 64) -> Image.Image:
 
 def short_caption(scene: Scene) -> str:
     """The first sentence of the caption, without its full stop (25 or 26 CLIP tokens)."""
-    first, second = (f"a {thing.colour} {thing.shape} at the {thing.place}" for thing in scene.objects[:2])
+    first, second = (
+        f"a {thing.colour} {thing.shape} at the {thing.place}" for thing in scene.objects[:2]
+    )
     return scene.opening.format(
-        count=COUNTS[len(scene.objects)], ground=scene.ground, first=first, second=second).capitalize()
+        count=COUNTS[len(scene.objects)], ground=scene.ground, first=first, second=second
+    ).capitalize()
 
 
 def caption(scene: Scene) -> str:
@@ -202,8 +226,10 @@ def _png(scene: Scene, size: int) -> bytes:
 def make_pairs(n: int, seed: int, size: int = 64, split: str = "train") -> pd.DataFrame:
     """Scenes 0 to n - 1 of `seed`: columns image (PNG bytes), long, short, split and key."""
     scenes = (scene(seed, index) for index in range(n))
-    rows = [(_png(each, size), caption(each), short_caption(each), split, f"scenes-{seed}-{index}")
-            for index, each in enumerate(scenes)]
+    rows = [
+        (_png(each, size), caption(each), short_caption(each), split, f"scenes-{seed}-{index}")
+        for index, each in enumerate(scenes)
+    ]
     return pd.DataFrame(rows, columns=["image", "long", "short", "split", "key"])
 
 
@@ -238,10 +264,12 @@ def make_details(n: int, seed: int, size: int = 64) -> pd.DataFrame:
     # Take pairs in turn from the groups of equal attribute and nearly equal position.
     turn = pairs.groupby(["attribute", pairs["position"].clip(20) // 20]).cumcount()
     pairs = pairs.loc[turn.sort_values(kind="stable").index[:n]].reset_index(drop=True)
-    return pd.DataFrame({
-        "image": [_png(each, size) for each in pairs["one"]],
-        "other_image": [_png(each, size) for each in pairs["other"]],
-        "long": [caption(each) for each in pairs["one"]],
-        "other_long": [caption(each) for each in pairs["other"]],
-        **pairs[["attribute", "position", "key"]],
-    })
+    return pd.DataFrame(
+        {
+            "image": [_png(each, size) for each in pairs["one"]],
+            "other_image": [_png(each, size) for each in pairs["other"]],
+            "long": [caption(each) for each in pairs["one"]],
+            "other_long": [caption(each) for each in pairs["other"]],
+            **pairs[["attribute", "position", "key"]],
+        }
+    )
