@@ -94,8 +94,7 @@ def count_models(names):
 
 
 def main():
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = argparse.ArgumentParser(usage=__doc__)
     job = parser.add_mutually_exclusive_group(required=True)
     job.add_argument("profile", nargs="?", help="a file of notebooks/profiles, without .yaml")
     job.add_argument("--models", action="store_true", help="count the models")
