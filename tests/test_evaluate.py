@@ -1,8 +1,9 @@
-"""Ranks and intervals on matrices worked out by hand, against a plain double loop and against clip_benchmark."""
+"""Ranks and intervals: matrices worked out by hand, a plain double loop, clip_benchmark."""
 
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import clip_benchmark.datasets
 import numpy as np
@@ -15,431 +16,297 @@ from conftest import randomise, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.nn.functional import normalize, pad
 
 import jettclip
+from jettclip import evaluate
 from jettclip.data import PairDataset
-from jettclip.evaluate import (
-    CIFAR_TEMPLATES,
-    TEMPLATES,
-    by_attribute,
-    by_position,
-    clear_best,
-    detail_choices,
-    difference_interval,
-    embed,
-    embed_images,
-    embed_texts,
-    holm,
-    interval,
-    median_interval,
-    over_seeds,
-    ranks,
-    retrieval,
-    zero_shot,
-)
 from jettclip.datasets.scenes import make_details
 
+nan = float("nan")
 
-def ranks_of(similarity, image_of_text=None):
-    """Ranks for a matrix (texts, images) of similarities: the images are unit vectors."""
+
+@pytest.fixture(scope="module")
+def model():
+    return randomise(tiny_model())
+
+
+def ranks_of(similarity, image_of_text=None, chunk=4096):
+    """Ranks of a matrix of similarities, rows are texts: the images are unit vectors."""
     similarity = torch.tensor(similarity, dtype=torch.float32)
-    of_text, of_image = ranks(torch.eye(similarity.shape[1]), similarity, image_of_text)
-    return of_text.tolist(), of_image.tolist()
+    t2i, i2t = evaluate.ranks(torch.eye(similarity.shape[1]), similarity, image_of_text, chunk)
+    return t2i.tolist(), i2t.tolist()
 
 
 @pytest.mark.parametrize(
-    "similarity, of_text, of_image",
+    "similarity, t2i, i2t",
     [
+        ([[0.9, 0.1], [0.5, 0.5]], [0, 1], [0, 0]),  # the docstring's
         ([[0.9, 0.1, 0.2], [0.3, 0.8, 0.1], [0.2, 0.3, 0.7]], [0, 0, 0], [0, 0, 0]),
         ([[0.9, 0.1, 0.0], [0.2, 0.3, 0.8], [0.4, 0.5, 0.6]], [0, 1, 0], [0, 1, 1]),
         ([[0.1, 0.9, 0.5], [0.9, 0.1, 0.5], [0.9, 0.5, 0.1]], [2, 2, 2], [2, 2, 2]),
-        (
-            [[0.5, 0.5, 0.1], [0.2, 0.5, 0.1], [0.5, 0.1, 0.6]],
-            [1, 0, 0],
-            [1, 1, 0],
-        ),  # ties count against the model
-        ([[0.5, 0.5, 0.5], [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]], [2, 2, 2], [2, 2, 2]),
+        ([[0.5, 0.5, 0.1], [0.2, 0.5, 0.1], [0.5, 0.1, 0.6]], [1, 0, 0], [1, 1, 0]),  # ties
+        ([[0.5] * 3] * 3, [2, 2, 2], [2, 2, 2]),
+        ([[nan] * 3] * 3, [2, 2, 2], [2, 2, 2]),
+        ([[nan] * 3, [0.1, 0.9, 0.1], [0.1, 0.1, 0.9]], [2, 0, 0], [2, 1, 1]),
     ],
 )
-def test_ranks_by_hand(similarity, of_text, of_image):
-    assert ranks_of(similarity) == (of_text, of_image)
+def test_ranks_by_hand(similarity, t2i, i2t):
+    assert ranks_of(similarity) == (t2i, i2t)
 
 
-def test_several_captions_for_an_image():
-    """Four texts, of images 0, 0, 1, 1; an image is found by the best of its own texts."""
+def test_several_captions_of_an_image():
+    """Texts of the images 0, 0, 1, 1; the best text of an image counts; image 2 has no text."""
     similarity = [[0.9, 0.1, 0.3], [0.2, 0.6, 0.1], [0.5, 0.4, 0.3], [0.8, 0.7, 0.9]]
-    assert ranks_of(similarity, [0, 0, 1, 1]) == (
-        [0, 1, 1, 2],
-        [0, 0, 4],
-    )  # nothing describes image 2
-
-
-def test_not_a_number_is_no_hit():
-    nan = float("nan")
-    assert ranks_of([[nan] * 3] * 3) == ([2, 2, 2], [2, 2, 2])
-    assert ranks_of([[nan] * 3, [0.1, 0.9, 0.1], [0.1, 0.1, 0.9]]) == ([2, 0, 0], [2, 1, 1])
+    assert ranks_of(similarity, [0, 0, 1, 1]) == ([0, 1, 1, 2], [0, 0, 4])
 
 
 @given(data=st.data(), images=st.integers(1, 6), texts=st.integers(1, 9))
 @settings(max_examples=200, deadline=None)
-def test_ranks_agree_with_a_double_loop(data, images, texts):
+def test_ranks_are_those_of_a_double_loop(data, images, texts):
     levels = st.sampled_from([0.0, 0.25, 0.5, 1.0])
     similarity = [[data.draw(levels) for _ in range(images)] for _ in range(texts)]
-    owner = [data.draw(st.integers(0, images - 1)) for _ in range(texts)]
-    of_text = [
-        sum(similarity[t][i] >= similarity[t][owner[t]] for i in range(images) if i != owner[t])
+    target = [data.draw(st.integers(0, images - 1)) for _ in range(texts)]
+    t2i = [
+        sum(similarity[t][i] >= similarity[t][target[t]] for i in range(images) if i != target[t])
         for t in range(texts)
     ]
-    of_image = []
+    i2t = []
     for i in range(images):
-        best = max((similarity[t][i] for t in range(texts) if owner[t] == i), default=-1)
-        of_image.append(sum(similarity[t][i] >= best for t in range(texts) if owner[t] != i))
-    assert ranks_of(similarity, owner) == (of_text, of_image)
-    chunk = data.draw(st.integers(1, 5))
-    in_chunks = ranks(torch.eye(images), torch.tensor(similarity), owner, chunk)
-    assert [one.tolist() for one in in_chunks] == [of_text, of_image]
+        best = max((similarity[t][i] for t in range(texts) if target[t] == i), default=-1)
+        i2t.append(sum(similarity[t][i] >= best for t in range(texts) if target[t] != i))
+    for chunk in (4096, data.draw(st.integers(1, 5))):
+        assert ranks_of(similarity, target, chunk) == (t2i, i2t)
 
 
-def random_features(images, texts_of_image, width=32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    owner = torch.arange(images).repeat_interleave(texts_of_image)[
-        torch.randperm(images * texts_of_image, generator=generator)
-    ]
-    image = torch.nn.functional.normalize(torch.randn(images, width, generator=generator), dim=1)
-    text = torch.nn.functional.normalize(
-        image[owner] + 0.6 * torch.randn(len(owner), width, generator=generator), dim=1
-    )
-    return image, text, owner
+def random_features(images, texts_of_image, width=32):
+    generator = torch.Generator().manual_seed(0)
+    target = torch.arange(images).repeat_interleave(texts_of_image)
+    target = target[torch.randperm(len(target), generator=generator)]
+    image = normalize(torch.randn(images, width, generator=generator), dim=1)
+    noise = torch.randn(len(target), width, generator=generator)
+    return image, normalize(image[target] + 0.6 * noise, dim=1), target
 
 
-def test_chunks_do_not_matter_and_equal_images_tie_wherever_they_lie():
-    image, text, owner = random_features(150, 3)
-    image[100:] = image[:50]  # in different chunks, and in different places of them
-    whole = ranks(image, text, owner)
+def test_equal_images_tie_in_every_chunk():
+    image, text, target = random_features(150, 3)
+    image[100:] = image[:50]  # in other chunks, and at other places in them
+    t2i, i2t = evaluate.ranks(image, text, target)
     for chunk in (7, 64, 449):
-        assert all(torch.equal(a, b) for a, b in zip(ranks(image, text, owner, chunk), whole))
-    twin = (owner < 50) | (owner >= 100)
-    assert (whole[0][twin] >= 1).all() and (whole[0][~twin] == 0).any()
+        in_chunks = evaluate.ranks(image, text, target, chunk)
+        assert torch.equal(in_chunks[0], t2i) and torch.equal(in_chunks[1], i2t)
+    twin = (target < 50) | (target >= 100)
+    assert (t2i[twin] >= 1).all() and (t2i[~twin] == 0).any()
 
 
 def test_recall_is_that_of_clip_benchmark():
-    image, text, owner = random_features(200, 5)
-    table = retrieval(image, text, owner, resamples=10).set_index("metric").value
-    scores, positive = text @ image.T, owner[:, None] == torch.arange(200)
+    image, text, target = random_features(200, 5)
+    table = evaluate.retrieval(image, text, target, resamples=10).set_index("metric").value
+    t2i, positive = text @ image.T, target[:, None] == torch.arange(200)
     for k in (1, 5, 10):
-        assert table[f"t2i_r{k}"] == pytest.approx(
-            (recall_at_k(scores, positive, k) > 0).float().mean().item()
-        )
-        assert table[f"i2t_r{k}"] == pytest.approx(
-            (recall_at_k(scores.T, positive.T, k) > 0).float().mean().item()
-        )
+        for way, scores, right in (("t2i", t2i, positive), ("i2t", t2i.T, positive.T)):
+            expected = (recall_at_k(scores, right, k) > 0).float().mean().item()
+            assert table[f"{way}_r{k}"] == pytest.approx(expected)
     assert 0.1 < table["t2i_r1"] < 0.9
 
 
 def test_retrieval_by_hand():
-    """Twelve images in a ring: text t is nearest to image t + 1 for t < 3, then to its own."""
-    similarity = torch.eye(12)
+    similarity = torch.eye(
+        12
+    )  # texts 0, 1 and 2 are nearest to the next image, the others to theirs
     similarity[[0, 1, 2], [1, 2, 3]] = 2
-    table = retrieval(torch.eye(12), similarity).set_index("metric")
-    assert list(table.index) == [
-        "t2i_r1",
-        "t2i_r5",
-        "t2i_r10",
-        "t2i_median",
-        "i2t_r1",
-        "i2t_r5",
-        "i2t_r10",
-        "i2t_median",
-    ]
+    table = evaluate.retrieval(torch.eye(12), similarity).set_index("metric")
+    metrics = [f"{way}_{name}" for way in ("t2i", "i2t") for name in ("r1", "r5", "r10", "median")]
+    assert list(table.index) == metrics and (table.n == 12).all()
     assert table.value.tolist() == pytest.approx([9 / 12, 1, 1, 1, 9 / 12, 1, 1, 1])
-    assert (table.n == 12).all()
     assert (table.low <= table.value).all() and (table.value <= table.high).all()
     assert table.high["t2i_r5"] == table.low["t2i_r5"] == 1
 
-    five_times, own_image = (
-        similarity.repeat_interleave(5, dim=0),
-        torch.arange(12).repeat_interleave(5),
-    )
-    five = retrieval(torch.eye(12), five_times, own_image).set_index("metric")
+    # Five equal texts of an image are one query, not five.
+    target = torch.arange(12).repeat_interleave(5)
+    texts = similarity.repeat_interleave(5, dim=0)
+    five = evaluate.retrieval(torch.eye(12), texts, target).set_index("metric")
     assert five.n.tolist() == [60] * 4 + [12] * 4
     assert five.value["i2t_r5"] == pytest.approx(9 / 12)  # five wrong texts come first
-    # Five equal texts of an image are one query, not five.
-    assert five.low["t2i_r1"] == table.low["t2i_r1"] and five.high["t2i_r1"] == table.high["t2i_r1"]
+    assert five.loc["t2i_r1", ["low", "high"]].equals(table.loc["t2i_r1", ["low", "high"]])
 
-    gallery = torch.nn.functional.pad(torch.eye(15), (0, 0))  # three more images, without a text
-    more = retrieval(
-        gallery, torch.nn.functional.pad(similarity, (0, 3)), torch.arange(12)
-    ).set_index("metric")
-    assert more.n.tolist() == [12] * 8 and more.value.tolist() == pytest.approx(
-        table.value.tolist()
-    )
+    # Three more images, without a text.
+    more = evaluate.retrieval(torch.eye(15), pad(similarity, (0, 3)), torch.arange(12))
+    assert more.n.tolist() == [12] * 8 and more.value.tolist() == pytest.approx([*table.value])
 
 
 def test_interval():
-    values = np.random.default_rng(0).integers(0, 2, 4000)
-    widths = []
+    values, widths = np.random.default_rng(0).integers(0, 2, 4000), []
     for n in (40, 400, 4000):
-        one = interval(values[:n])
-        assert one == interval(values[:n])
-        assert one["n"] == n and one["value"] == values[:n].mean()
-        assert one["low"] < one["value"] < one["high"]
-        widths.append(one["high"] - one["low"])
+        first = evaluate.interval(values[:n])
+        assert first["low"] < first["value"] == values[:n].mean() < first["high"]
+        widths.append(first["high"] - first["low"])
         assert widths[-1] == pytest.approx(2 * 1.96 * values[:n].std() / np.sqrt(n), rel=0.15)
-    assert interval([0.5, 0.5]) == {"value": 0.5, "low": 0.5, "high": 0.5, "n": 2}
-
-
-def plain_bootstrap(values, groups, statistic, resamples):
-    """Draw groups with replacement, one resample after the other."""
-    rng, names = np.random.default_rng(1), np.unique(groups)
-    members = {name: values[groups == name] for name in names}
-    return [
-        statistic(np.concatenate([members[name] for name in rng.choice(names, len(names))]))
-        for _ in range(resamples)
-    ]
+    assert first == evaluate.interval(values) and first["n"] == 4000
+    assert evaluate.interval([0.5, 0.5]) == {"value": 0.5, "low": 0.5, "high": 0.5, "n": 2}
+    medians = [evaluate.median_interval(x)["value"] for x in ([4, 1, 3, 2], [4, 1, 3, 2, 5])]
+    assert medians == [2, 3]  # the lower one
 
 
 @pytest.mark.parametrize("mean", [True, False])
-def test_intervals_are_those_of_a_plain_bootstrap_over_groups(mean):
+def test_intervals_are_those_of_a_plain_bootstrap_of_groups(mean):
     rng = np.random.default_rng(0)
-    groups = rng.integers(0, 80, 300)
-    values = (
-        (rng.uniform(size=300) < rng.uniform(size=80)[groups]).astype(float)
-        if mean
-        else rng.geometric(0.02 + 0.1 * rng.uniform(size=80)[groups])
-    )
-    fast, alone = [
-        (interval if mean else median_interval)(values, groups=g) for g in (groups, None)
-    ]
-    low, high = np.quantile(
-        plain_bootstrap(values, groups, np.mean if mean else np.median, 2000), [0.025, 0.975]
-    )
-    tolerance = 0.015 if mean else 2
-    assert (
-        fast["value"] == pytest.approx(values.mean() if mean else np.median(values))
-        and fast["n"] == 300
-    )
-    assert fast["low"] == pytest.approx(low, abs=tolerance) and fast["high"] == pytest.approx(
-        high, abs=tolerance
-    )
-    if mean:  # captions of one image are alike: pretending that they are not makes the interval too narrow
-        assert fast["high"] - fast["low"] > 1.2 * (alone["high"] - alone["low"])
+    groups, level = rng.integers(0, 80, 300), rng.uniform(size=80)
+    if mean:
+        values, statistic, tolerance = (rng.uniform(size=300) < level[groups]), np.mean, 0.015
+    else:
+        values, statistic, tolerance = rng.geometric(0.02 + 0.1 * level[groups]), np.median, 2
+    function = evaluate.interval if mean else evaluate.median_interval
+    grouped, alone = (function(values.astype(float), groups=g) for g in (groups, None))
+
+    names, drawn = np.unique(groups), []
+    members = {name: values[groups == name] for name in names}
+    for _ in range(2000):
+        chosen = rng.choice(names, len(names))
+        drawn.append(statistic(np.concatenate([members[name] for name in chosen])))
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    assert grouped["n"] == 300 and grouped["value"] == pytest.approx(statistic(values))
+    assert [grouped["low"], grouped["high"]] == pytest.approx([low, high], abs=tolerance)
+    if mean:  # the captions of an image are alike: without groups the interval is too narrow
+        assert grouped["high"] - grouped["low"] > 1.2 * (alone["high"] - alone["low"])
 
 
-def test_median_is_the_lower_one():
-    assert (
-        median_interval([4, 1, 3, 2])["value"] == 2
-        and median_interval([4, 1, 3, 2, 5])["value"] == 3
-    )
+def test_a_seed_draws_the_same_resamples_for_ever():
+    """So that new tables can be compared with those in results/."""
+    found, values = [], np.arange(60) ** 2 % 97
+    for function in (evaluate.interval, evaluate.median_interval):
+        for groups in (None, np.arange(60) // 3):
+            found += [function(values, groups=groups)[end] for end in ("low", "high")]
+    expected = [42.4658333, 57.1045833, 40.1, 58.4170833, 35, 65.025, 32, 66]
+    assert found == pytest.approx(expected, abs=1e-7)
 
 
-def test_difference_is_paired():
+def test_difference_is_paired_and_two_sided():
     values = np.random.default_rng(0).normal(size=50)
-    one = difference_interval(values + 0.25, values)
-    assert [one[key] for key in ("value", "low", "high")] == pytest.approx([0.25] * 3) and one[
-        "n"
-    ] == 50
-    assert one["p"] == 2 / 10001
-    assert difference_interval(values, values)["p"] == 1
-    assert difference_interval(values, values + 0.25)["p"] == one["p"]  # two-sided
+    shifted = evaluate.difference_interval(values + 0.25, values)
+    assert [shifted[key] for key in ("value", "low", "high")] == pytest.approx([0.25] * 3)
+    assert shifted["n"] == 50 and shifted["p"] == 2 / 10001
+    assert evaluate.difference_interval(values, values)["p"] == 1
+    assert evaluate.difference_interval(values, values + 0.25)["p"] == shifted["p"]
 
 
-def test_p_is_uniform_where_there_is_no_difference():
+def test_p_is_uniform_without_a_difference():
     rng = np.random.default_rng(0)
-    p = [difference_interval(*rng.integers(0, 2, (2, 400)), resamples=500)["p"] for _ in range(400)]
+    pairs = rng.integers(0, 2, (400, 2, 400))
+    p = [evaluate.difference_interval(*pair, resamples=500)["p"] for pair in pairs]
     assert np.mean(np.array(p) < 0.05) == pytest.approx(0.05, abs=0.03)
-    assert (
-        0.45 < np.mean(p) < 0.6
-    )  # above a half: resamples with a difference of exactly zero count twice
+    assert 0.45 < np.mean(p) < 0.6  # above a half: resamples of exactly zero count twice
 
 
 def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx(
-        [0.03, 0.06, 0.06, 0.02]
-    )  # x 3, 2 but no less than 0.06, 2, 4
-    assert holm([0.9, 0.4]).tolist() == pytest.approx([0.9, 0.8])
-    assert holm([0.7, 0.6]).tolist() == [1, 1] and holm([]).tolist() == []
+    adjusted = [0.03, 0.06, 0.06, 0.02]  # x 3, x 1 but at least 0.06, x 2, x 4
+    assert evaluate.holm([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx(adjusted)
+    assert evaluate.holm([0.9, 0.4]).tolist() == pytest.approx([0.9, 0.8])
+    assert evaluate.holm([0.7, 0.6]).tolist() == [1, 1] and evaluate.holm([]).tolist() == []
 
 
 def test_clear_best():
     rng = np.random.default_rng(0)
-    values = {
-        name: rng.uniform(size=500) < share for name, share in (("a", 0.5), ("b", 0.8), ("c", 0.55))
-    }
-    assert clear_best(values) == "b"
+    values = {name: rng.uniform(size=500) < p for name, p in (("a", 0.5), ("b", 0.8), ("c", 0.55))}
+    assert evaluate.clear_best(values) == "b" and evaluate.clear_best({"a": values["a"]}) is None
     close = values["b"].copy()
-    close[np.flatnonzero(close)[:2]] = False  # two hits fewer, of 500
-    assert clear_best({**values, "d": close}) is None
-    assert clear_best({"a": values["a"]}) is None
+    close[np.flatnonzero(close)[:2]] = False  # two hits of 500 fewer
+    assert evaluate.clear_best({**values, "d": close}) is None
 
 
-def test_over_seeds_by_hand():
-    three = over_seeds([1.0, 2.0, 3.0])
-    assert [three[key] for key in ("value", "low", "high", "n")] == pytest.approx(
-        [2, 2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5, 3]
-    )
-    with pytest.raises(ValueError, match="1 seeds: an interval over seeds needs 2 to 10"):
-        over_seeds([1.0])
+@pytest.mark.parametrize("n, quantile", [(2, 12.7062), (3, 4.30265), (12, 2.20099)])
+def test_over_seeds_by_hand(n, quantile):
+    """Quantiles of Student's t from a printed table."""
+    values = np.arange(n) * 1.0
+    half = quantile * values.std(ddof=1) / n**0.5
+    expected = {"value": values.mean(), "low": values.mean() - half, "high": values.mean() + half}
+    assert evaluate.over_seeds(values) == pytest.approx({**expected, "n": n}, abs=1e-4)
+    with pytest.raises(ValueError, match="1 seeds have no interval: train with 2 seeds or more"):
+        evaluate.over_seeds([1.0])
 
 
-def test_embed_keeps_rows_in_order(dataset):
-    model = randomise(tiny_model())
-    image, long, short = embed(model, dataset, batch_size=7)
+def test_features_keep_the_order_of_rows(model, table, dataset):
+    image, long, short = evaluate.embed(model, dataset, batch_size=7)
     assert len(image) == len(long) == len(short) == 24
+    tokenizer, texts = jettclip.get_tokenizer("JettCLIP-T"), list(table.long[:3])
     with torch.inference_mode():
-        assert torch.allclose(
-            image[9], model.encode_image(dataset[9, 0][2][None], True)[0], atol=1e-5
-        )
-        assert torch.allclose(long[23], model.encode_text(dataset.long[23:], True)[0], atol=1e-5)
-        assert torch.allclose(short[0], model.encode_text(dataset.short[:1], True)[0], atol=1e-5)
+        for found, expected in (
+            (image[9], model.encode_image(dataset[9, 0][2][None], True)[0]),
+            (long[23], model.encode_text(dataset.long[23:], True)[0]),
+            (short[0], model.encode_text(dataset.short[:1], True)[0]),
+            (evaluate.embed_images(model, table.image[:5], batch_size=2), image[:5]),
+            (evaluate.embed_texts(model, tokenizer, texts, batch_size=2), long[:3]),
+        ):
+            assert torch.allclose(found, expected, atol=1e-5)
 
 
-# ---- zero-shot classification
+@pytest.mark.parametrize("caption", ["long", "short"])
+def test_recall_is_that_of_retrieval(model, dataset, caption):
+    image, long, short = evaluate.embed(model, dataset)
+    table = evaluate.retrieval(image, {"long": long, "short": short}[caption], resamples=2)
+    expected = table.set_index("metric").value[["t2i_r1", "t2i_r10"]].add_prefix(f"{caption}_")
+    assert evaluate.recall(model, dataset, caption) == expected.to_dict()
 
 
 def test_templates_are_the_published_ones():
-    published = json.loads(
-        (
-            Path(clip_benchmark.datasets.__file__).parent
-            / "en_zeroshot_classification_templates.json"
-        ).read_text()
-    )
-    for name in ("cifar10", "cifar100"):
-        assert sorted(published[name]) == sorted(
-            template.format("{c}") for template in TEMPLATES[name]
-        )
-    assert sorted(published["imagenet1k"]) == sorted(
-        template("{c}") for template in TEMPLATES["imagenet"]
-    )
+    folder = Path(clip_benchmark.datasets.__file__).parent
+    published = json.loads((folder / "en_zeroshot_classification_templates.json").read_text())
+    cifar10, cifar100, imagenet = evaluate.TEMPLATES.values()
+    assert sorted(published["cifar10"]) == sorted(t.format("{c}") for t in cifar10)
+    assert sorted(published["cifar100"]) == sorted(t.format("{c}") for t in cifar100)
+    assert sorted(published["imagenet1k"]) == sorted(t("{c}") for t in imagenet)
 
 
 @pytest.mark.parametrize("context_length", [77, 248])
-def test_zero_shot_is_open_clips(context_length):
+def test_zero_shot_is_that_of_open_clip(context_length, table):
     model = randomise(tiny_model(context_length=context_length))
     _, _, prepare = jettclip.create_model_and_transforms("JettCLIP-T", image_size=32)
     tokenizer = jettclip.get_tokenizer("JettCLIP-T", context_length)
-    names, rng = ["airplane", "cat", "ship", "oak tree"], np.random.default_rng(0)
-    pictures = [
-        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)) for _ in range(9)
-    ]
-    files = []
-    for picture in pictures:
-        file = io.BytesIO()
-        picture.save(file, "PNG")
-        files.append(file.getvalue())
-    labels = rng.integers(0, 4, 9)
+    names, prompts = ["airplane", "cat", "ship", "oak tree"], evaluate.TEMPLATES["cifar10"]
+    files, labels = table.image[:9], pd.Series(np.random.default_rng(0).integers(0, 4, 9))
     with torch.inference_mode():
-        weights = torch.stack(
-            [
-                torch.nn.functional.normalize(
-                    model.encode_text(
-                        tokenizer([template.format(name) for template in CIFAR_TEMPLATES]),
-                        normalize=True,
-                    ).mean(0),
-                    dim=0,
-                )
-                for name in names
-            ],
-            dim=1,
-        )
-        assert torch.allclose(
-            weights,
-            open_clip.build_zero_shot_classifier(model, tokenizer, names, CIFAR_TEMPLATES),
-            atol=1e-5,
-        )
-        scores = (
-            model.encode_image(
-                torch.stack([prepare(picture) for picture in pictures]), normalize=True
-            )
-            @ weights
-        )
-    expected = [
-        scores[row].argsort(descending=True).tolist().index(label)
-        for row, label in enumerate(labels)
-    ]
-    assert (
-        zero_shot(
-            model, tokenizer, pd.Series(files), pd.Series(labels), names, CIFAR_TEMPLATES
-        ).tolist()
-        == expected
-    )
+        tokens = [tokenizer([prompt.format(name) for prompt in prompts]) for name in names]
+        means = [normalize(model.encode_text(t, normalize=True).mean(0), dim=0) for t in tokens]
+        classes = open_clip.build_zero_shot_classifier(model, tokenizer, names, prompts)  # (d, C)
+        assert torch.allclose(torch.stack(means, dim=1), classes, atol=1e-5)
+        images = torch.stack([prepare(Image.open(io.BytesIO(file))) for file in files])
+        order = (model.encode_image(images, True) @ classes).argsort(dim=1, descending=True)
+    expected = [row.index(label) for row, label in zip(order.tolist(), labels, strict=True)]
+    found = evaluate.zero_shot(model, tokenizer, files, labels, names, prompts)
+    assert found.tolist() == expected
 
 
-def test_images_and_texts_in_batches(table):
-    model = randomise(tiny_model())
-    assert torch.allclose(
-        embed_images(model, table.image[:5], batch_size=2),
-        embed(model, PairDataset(table[:5], 32))[0],
-        atol=1e-5,
-    )
-    tokenizer = jettclip.get_tokenizer("JettCLIP-T")
-    texts = ["a cat", "a dog on a mat", "rain"]
-    assert torch.allclose(
-        embed_texts(model, tokenizer, texts, batch_size=2),
-        model.encode_text(tokenizer(texts), True),
-        atol=1e-5,
-    )
-
-
-# ---- where is the detail
-
-
-class Rows(list):
-    """A data set whose rows are given, whatever the crop."""
-
-    in_memory = True
-
-    def __getitems__(self, batch):
-        return tuple(
-            torch.stack([torch.as_tensor(value) for value in column])
-            for column in zip(*(self[row] for row, _ in batch))
-        )
-
-    def scaled(self, pixels):
-        return pixels
-
-
-class Plain:
-    """A model that takes images and tokens for features."""
-
-    logit_scale = torch.zeros(())
-
-    def eval(self):
-        return self
-
-    def encode_image(self, image, normalize):
-        return image
-
-    def encode_text(self, tokens, normalize):
-        return tokens.float()
-
-
-def test_detail_choices_by_hand():
+@pytest.mark.parametrize("batch_size", [2, 6])
+def test_detail_choices_by_hand(batch_size, monkeypatch):
+    """Features are the inputs; a data set is the list of its batches."""
     image = torch.tensor([1.0, 0.0, 0.0])
-    rows = [
+    rows = [  # image, its caption, the distractor's, choice
         (image, [2, 0, 0], [1, 0, 0], 1),
         (image, [0, 1, 0], [1, 0, 0], 0),
         (image, [1, 0, 0], [1, 0, 0], 0.5),
         (image, [1, 0, 5], [1, 5, 0], 0.5),
-        (image * float("nan"), [2, 0, 0], [1, 0, 0], 0),
+        (image * nan, [2, 0, 0], [1, 0, 0], 0),
         (image * 0, [1, 0, 0], [0, 0, 1], 0.5),
     ]
-    one, other = (
-        Rows((0, 0, row[0], torch.tensor(row[which]), 0) for row in rows) for which in (1, 2)
-    )
-    for batch_size in (2, 6):
-        assert detail_choices(Plain(), one, other, batch_size).tolist() == [row[3] for row in rows]
+    images, long, changed, expected = zip(*rows, strict=True)
+    columns = torch.stack(images), torch.tensor(long), torch.tensor(changed)
+    batches = list(zip(*(column.split(batch_size) for column in columns), strict=True))
+    pairs = [(0, 0, image, long, 0) for image, long, _ in batches]
+    distractors = [(0, 0, image, changed, 0) for image, _, changed in batches]
+    model = SimpleNamespace(logit_scale=torch.zeros(()), encode_image=lambda image, _: image)
+    model.encode_text, model.eval = lambda tokens, _: tokens.float(), lambda: model
+    monkeypatch.setattr(evaluate, "loader", lambda dataset, order, device: dataset)
+    assert evaluate.detail_choices(model, pairs, distractors).tolist() == list(expected)
 
 
 def test_a_detail_beyond_the_context_is_a_tie():
-    details = make_details(40, seed=0, size=32)
-    others = details.assign(image=details.other_image, long=details.other_long)
-    for table in (details, others):
-        table["short"] = "some shapes"
+    details = make_details(40, seed=0, size=32).assign(short="some shapes")
+    changed = details.assign(image=details.other_image, long=details.other_long)
     choices = {}
     for context in (77, 248):
-        one, other = (PairDataset(table, 32, context) for table in (details, others))
+        pairs, distractors = (PairDataset(table, 32, context) for table in (details, changed))
         model = randomise(tiny_model(context_length=context))
-        choices[context] = detail_choices(model, one, other, batch_size=16)
+        choices[context] = evaluate.detail_choices(model, pairs, distractors, batch_size=16)
     beyond = details.position.to_numpy() >= 76  # token 76 is the end token of a 77-token model
     assert 5 < beyond.sum() < 35
     assert (choices[77][beyond] == 0.5).all() and (choices[77][~beyond] != 0.5).all()
@@ -450,34 +317,24 @@ def test_by_position():
     positions = np.repeat([3, 19, 20, 39, 40, 179, 180], [5, 5, 6, 6, 9, 10, 50])
     choices = np.where(positions < 20, 1.0, 0.0)
     choices[positions == 179] = [1, 0.5] * 5
-    table = by_position(choices, positions)
+    table = evaluate.by_position(choices, positions)
     assert table.position.tolist() == [10, 30, 170] and table.n.tolist() == [10, 12, 10]
-    assert table.value.tolist() == [1, 0, 0.75]
-    assert table.low[2] < 0.75 < table.high[2]
-    assert (
-        by_position(choices[:9], positions[:9]).columns.tolist() == table.columns.tolist()
-    )  # too few of any
+    assert table.value.tolist() == [1, 0, 0.75] and table.low[2] < 0.75 < table.high[2]
+    too_few = evaluate.by_position(choices[:9], positions[:9])
+    assert len(too_few) == 0 and too_few.columns.tolist() == table.columns.tolist()
 
 
 def test_by_attribute():
-    details = pd.DataFrame(
-        {
-            "position": [5] * 10 + [77] * 10 + [90] * 5,
-            "attribute": ["size"] * 10 + ["colour"] * 10 + ["size"] * 5,
-        }
-    )
-    table = by_attribute(np.repeat([1.0, 0.5, 0.0], [10, 10, 5]), details).set_index(
-        ["part", "attribute"]
-    )
-    assert table.value.to_dict() == pytest.approx(
-        {
-            ("before 77", "all"): 1,
-            ("before 77", "size"): 1,
-            ("from 77", "all"): 1 / 3,
-            ("from 77", "colour"): 0.5,
-            ("any", "all"): 0.6,
-            ("any", "colour"): 0.5,
-            ("any", "size"): 2 / 3,
-        }
-    )
-    assert table.n["any", "size"] == 15
+    details = pd.DataFrame({"position": [5, 77, 90], "attribute": ["size", "colour", "size"]})
+    details = details.loc[np.repeat([0, 1, 2], [10, 10, 5])]
+    table = evaluate.by_attribute(np.repeat([1.0, 0.5, 0.0], [10, 10, 5]), details)
+    rows = zip(table.part, table.attribute, table.value, table.n, strict=True)
+    assert list(rows) == [
+        ("before 77", "all", 1, 10),
+        ("before 77", "size", 1, 10),
+        ("from 77", "all", pytest.approx(1 / 3), 15),
+        ("from 77", "colour", 0.5, 10),
+        ("any", "all", 0.6, 25),
+        ("any", "colour", 0.5, 10),
+        ("any", "size", pytest.approx(2 / 3), 15),
+    ]
