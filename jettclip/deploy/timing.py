@@ -26,7 +26,7 @@ def parameters_m(module):
 
 @torch.inference_mode()
 def gmacs(model, tokens=CONTEXT):
-    """Multiply-accumulates that the model does for an image and a text -> (image, text) in 10^9."""
+    """Multiply-accumulates done for an image and a text of `tokens` tokens -> both, in 10^9."""
     image = torch.zeros(1, 3, model.image_size, model.image_size)
     text = torch.ones(1, min(tokens, model.context_length), dtype=torch.long)
     text[0, -1] = model.config["text_cfg"]["vocab_size"] - 1
