@@ -5,6 +5,7 @@ import importlib.metadata
 import logging
 import shutil
 import tempfile
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,15 +42,15 @@ def export(model, folder):
 
     Raises RuntimeError, and writes nothing, if the graphs differ from PyTorch by over TOLERANCE.
     """
-    model, (bpe, pattern) = reparameterize(model).cpu(), byte_pairs()
+    model, (bpe, split) = reparameterize(model).cpu(), byte_pairs()
     size, length, trims = model.image_size, model.context_length, model.text.trims
     config = {key: model.config[key] for key in ("text_tower", "embed_dim", "preprocess")}
-    config |= {"image_size": size, "context_length": length, "trims": trims}
-    config |= {"token_pattern": pattern, "opset": ONNX["opset_version"]}
-    config |= {"model": model.name, "precision": "fp32"}
+    config |= {"model": model.name, "precision": "fp32", "opset": ONNX["opset_version"]}
+    config |= {"image_size": size, "context_length": length, "trims": trims, "token_pattern": split}
     images = torch.rand(3, 3, size, size)
     tokens = tokenizer(length)(["a long description " * n for n in (0, 1, 5, 25, 125)])
-    with new_export(folder) as temporary, torch.no_grad():
+    quiet = warnings.catch_warnings(action="ignore", category=FutureWarning)  # of PyTorch's own
+    with new_export(folder) as temporary, torch.no_grad(), quiet:
         write_graph(model.visual, images, (0,), temporary / "image.onnx")
         write_graph(model.text, tokens, (0, 1) if trims else (0,), temporary / "text.onnx")
         bpe.save(str(temporary / "tokenizer.json"))
@@ -65,8 +66,7 @@ def write_graph(tower, example, dynamic, path):
     """Export `tower` as ONNX; the axes `dynamic` of its input may have any size."""
     shapes = {axis: torch.export.Dim.DYNAMIC for axis in dynamic}
     program = torch.export.export(Graph(tower).eval(), (example,), dynamic_shapes=(shapes,))
-    names = {"input_names": [path.stem], "output_names": ["features"]}
-    torch.onnx.export(program, f=path, **names, **ONNX)
+    torch.onnx.export(program, f=path, input_names=[path.stem], output_names=["features"], **ONNX)
 
 
 def quantize(folder, output):
