@@ -13,13 +13,7 @@ from jettclip.deploy.export import drift
 from jettclip.models import model_config, transforms
 from jettclip.text import tokenizer
 
-TEXTS = [
-    "a red ring",
-    "",
-    "it's 2 cats &amp; a DOG",
-    "a blue star, " * 100,
-    "naïve “quotes” 你好 🙂",
-]
+TEXTS = ["a red ring", "", "it's 2 cats &amp; a DOG", "a blue star, " * 100, "naïve “你好” 🙂"]
 TOKENIZE = tokenizer(248)
 
 
