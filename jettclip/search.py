@@ -27,7 +27,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 CHUNK = 32  # photos decoded, then embedded
 SAVE_EVERY = 256  # photos, or a tenth of the index if that is more: writing stays cheap
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Photos found</title><style>
-body { font: 16px sans-serif; margin: 2em } figure { display: inline-block; width: 14em }
+body { font: 1em sans-serif } figure { display: inline-block; width: 14em; vertical-align: top }
 img { width: 100% } figcaption { overflow-wrap: anywhere }</style><h1>Photos found</h1>"""
 
 
