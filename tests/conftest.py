@@ -62,7 +62,7 @@ def dataset(table):
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
     """A tiny model with drawn norms, and its export folder."""
-    from jettclip import deploy  # here, so that most tests start without ONNX
+    from jettclip.deploy.export import export  # here, so that most tests start without ONNX
 
     model = randomise(tiny_model())
-    return model, deploy.export(model, tmp_path_factory.mktemp("export") / "tiny")
+    return model, export(model, tmp_path_factory.mktemp("export") / "tiny")

@@ -1,120 +1,88 @@
-"""Benchmarks time every row that they promise, on inputs of the promised length."""
+"""Counts agree with counting by hand, and every call that is timed gets its turn and its row."""
 
-import shutil
-
-import pandas as pd
 import pytest
 import torch
 from conftest import tiny_model
 
 import jettclip
-from jettclip import bench, deploy
-from jettclip.bench import both_towers, caption_tokens, latency, layer_times
+from jettclip.deploy import timing
+
+TOKENS = jettclip.get_tokenizer("JettCLIP-T")(["a red ring", "a blue star " * 20])
+
+
+def layer(length, width, queries=None):
+    """Multiply-accumulates of a transformer layer: keys and values of all tokens, the rest of
+    `queries` tokens only."""
+    queries = queries or length
+    keys_and_values, attention = 2 * length * width**2, 2 * queries * length * width
+    return keys_and_values + attention + queries * (2 * width**2 + 8 * width**2)
+
+
+def test_costs_by_hand():
+    assert timing.parameters_m(torch.nn.Linear(10, 5)) == pytest.approx(55e-6)
+    sizes = {"vision_width": 128, "vision_layers": 2, "embed_dim": 32}
+    sizes |= {"text_width": 64, "text_heads": 1, "text_layers": 3}
+    image, text = timing.gmacs(jettclip.create_model("LongCLIP-B", **sizes).eval(), tokens=50)
+    patches = (224 // 16) ** 2
+    embedding = patches * 3 * 16**2 * 128
+    assert image * 1e9 == pytest.approx(embedding + 2 * layer(patches + 1, 128) + 128 * 32)
+    assert text * 1e9 == pytest.approx(2 * layer(50, 64) + layer(50, 64, queries=1) + 64 * 32)
+
+
+def test_gmacs_follow_length_where_padding_is_cut():
+    short, long = (timing.gmacs(tiny_model().eval(), tokens)[1] for tokens in (20, 200))
+    stretched = timing.gmacs(tiny_model(text_tower="stretched").eval(), 20)[1]
+    assert 5 * short < long < stretched
+
+
+def test_calls_take_turns():
+    turns = []
+    calls = {"one": lambda: turns.append(1), "two": lambda: turns.append(2)}
+    table = timing.benchmark(calls, repeats=5, warmup=2)
+    assert turns == [1, 2] * 7 and table.name.tolist() == ["one", "two"]
+    assert ((table.p50_ms >= 0) & (table.p50_ms <= table.p90_ms)).all()
+
+
+def test_largest_difference_of_folding():
+    model, images = tiny_model().eval(), torch.rand(2, 3, 32, 32)
+    folded, other = jettclip.reparameterize(model), tiny_model(seed=1).eval()
+    assert max(timing.max_difference(model, folded, images, TOKENS)) < 1e-5
+    assert max(timing.max_difference(model, other, images, TOKENS)) > 0.01
 
 
 def test_latency_rows():
-    forms = {(name, "pytorch"): tiny_model().eval() for name in ("teacher", "student")}
-    tokens = jettclip.get_tokenizer("JettCLIP-T")(["a red ring", "a blue star " * 20])
-    table = latency(
-        forms, {32: torch.rand(2, 3, 32, 32)}, {"some": tokens}, batches=(1, 2), repeats=2
-    )
-    assert len(table) == 2 * 2 * 2 and (table[table.model == "teacher"].ratio_to_teacher == 1).all()
+    models = {(name, "pytorch"): tiny_model().eval() for name in ("teacher", "student")}
+    images = {32: torch.rand(2, 3, 32, 32)}
+    table = timing.latency(models, images, {"mixed": TOKENS}, batches=(1, 2), repeats=2)
+    columns = "model backend tower captions batch tokens p50_ms p90_ms ratio_to_teacher"
+    assert len(table) == 2 * 2 * 2 and " ".join(table.columns) == columns
+    assert (table[table.model == "teacher"].ratio_to_teacher == 1).all()
     assert table[table.tower == "text"].tokens.tolist() == [5, 5, 62, 62]
-    both = both_towers(table, "some")
-    of_two = table[(table.model == "student") & (table.batch == 2)].p50_ms.sum()
-    assert both[(both.model == "student") & (both.batch == 2)].p50_ms.item() == pytest.approx(
-        of_two
-    )
+    both = timing.both_towers(table, "mixed")
+    expected = table[(table.model == "student") & (table.batch == 2)].p50_ms.sum()
+    row = both[(both.model == "student") & (both.batch == 2)]
+    assert row.p50_ms.item() == pytest.approx(expected) and row.tokens.item() == 62
     assert (both[both.model == "teacher"].ratio_to_teacher == 1).all()
 
 
-def test_where_the_time_goes():
-    models = {"branches": tiny_model().eval()}
+@pytest.mark.parametrize("tower", ["length_aware", "longclip"])
+def test_where_the_time_goes(tower):
+    models = {"branches": tiny_model(text_tower=tower).eval()}
     models["folded"] = jettclip.reparameterize(models["branches"])
-    table = layer_times(
-        models,
-        torch.rand(1, 3, 32, 32),
-        jettclip.get_tokenizer("JettCLIP-T")(["a red ring"]),
-        repeats=2,
+    table = timing.layer_times(models, torch.rand(1, 3, 32, 32), TOKENS[:1], repeats=2)
+    columns = ["tower", "part", "branches ms", "folded ms", "branches layers", "folded layers"]
+    assert list(table.columns) == columns and (table[["branches ms", "folded ms"]] > 0).all(
+        axis=None
     )
     table = table.set_index(["tower", "part"])
-    assert list(table.loc["image"].index) == [
-        "stem",
-        "stage 1",
-        "stage 2",
-        "stage 3",
-        "stage 4",
-        "last convolution",
-        "head",
-    ]
-    assert list(table.loc["text"].index) == [
-        "embedding",
-        "first RepMixer",
-        "attention 1",
-        "last RepMixer",
-        "projection",
-    ]
-    assert (table[["branches ms", "folded ms"]] > 0).all(axis=None)
-    assert table.loc["text", "first RepMixer"][["branches layers", "folded layers"]].tolist() == [
-        8,
-        4,
-    ]  # four batch norms go
-
-
-def test_every_form_has_its_row(exported, monkeypatch):
-    """At tiny size, one form in a process of its own."""
-    model, folder = exported
-    monkeypatch.setattr(bench, "create_model", lambda name: model)
-    monkeypatch.setattr(
-        bench.deploy, "export", lambda model, target: shutil.copytree(folder, target)
-    )
-    monkeypatch.setattr(bench, "reference", lambda: tiny_model().eval())
-    alone = bench.alone
-    monkeypatch.setattr(
-        bench, "alone", lambda *form: alone(*form) if form[1] == "onnxruntime" else {}
-    )
-    table = bench.benchmark_latency(["tiny"], batches=(1,), repeats=2)
-    backends = [
-        "pytorch",
-        "pytorch-packed",
-        *deploy.runtime.installed_backends(),
-        "onnxruntime-int8",
-    ]
-    assert table.groupby("model").size().to_dict() == {
-        bench.REFERENCE: 4,
-        "tiny": 4 * len(backends),
-    }
-    assert set(table[table.model == "tiny"].backend) == set(backends)
-    tiny = table[(table.model == "tiny") & (table.backend == "onnxruntime")].set_index(
-        ["tower", "captions"]
-    )
-    image, text, both = (
-        tiny.loc[key]
-        for key in (("image", ""), ("text", "60 to 180 tokens"), ("both", "60 to 180 tokens"))
-    )
-    assert both.gmacs == pytest.approx(image.gmacs + text.gmacs) and both.params_m == pytest.approx(
-        deploy.parameters_m(jettclip.reparameterize(model))
-    )
-    assert (tiny[["start_s", "peak_mb", "file_mb", "gmacs"]] > 0).all(
-        axis=None
-    ) and tiny.drift_text.max() < 1e-5
-    assert (table[table.model == bench.REFERENCE].ratio_to_teacher == 1).all()
-
-
-def test_captions_of_a_length(tmp_path):
-    for file, (shortest, longest) in (
-        (None, (60, 180)),
-        (None, (12, 20)),
-        (tmp_path / "captions.parquet", (3, 15)),
-    ):
-        if file:
-            pd.DataFrame(
-                {"text": [f"number {i} of some words, and so on" for i in range(40)]}
-            ).to_parquet(file)
-        lengths = caption_tokens(file, shortest, longest).argmax(dim=1) + 1
-        assert len(lengths) == 32 and shortest <= lengths.min() and lengths.max() <= longest
-    with pytest.raises(
-        ValueError,
-        match="only 0 captions of 200 to 248 tokens in .*captions.parquet; 32 are needed",
-    ):
-        caption_tokens(tmp_path / "captions.parquet", 200, 248)
+    stages = [f"stage {i}" for i in (1, 2, 3, 4)]
+    assert [*table.loc["image"].index] == ["stem", *stages, "last convolution", "head"]
+    text = table.loc["text"]
+    assert text.loc["attention 1", "branches layers"] == 6  # 2 norms, 2 in attention, 2 in the MLP
+    if tower == "longclip":
+        assert list(text.index) == ["embedding", "attention 1", "projection"]
+        return
+    repmixers = ["first RepMixer", "last RepMixer"]
+    assert [*text.index] == ["embedding", repmixers[0], "attention 1", repmixers[1], "projection"]
+    counts = text.loc[repmixers[0], ["branches layers", "folded layers"]]
+    assert counts.tolist() == [8, 4]  # folding removes four batch norms
