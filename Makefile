@@ -60,7 +60,7 @@ test-cluster: .venv/.cluster
 check: setup
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
-	$(BIN)/python tests/budgets.py
+	@$(BIN)/python .ci/budgets.py
 
 report: setup
 	@run="$(BIN)/python -m snakemake $(if $(SLURM),--workflow-profile workflow/profiles/slurm) \

@@ -26,11 +26,10 @@ GIVEN = {"profile", "variant", "variants"}  # parameters that come from here, ne
 
 
 class Step(NamedTuple):
-    """One execution of a notebook. It runs again when its arguments or its code change."""
+    """One execution of a notebook. It runs again when its parameters or its code change."""
 
     notebook: str
     parameters: dict
-    arguments: str  # the parameters as a line of YAML, for papermill
     code_hash: str
 
 
@@ -64,6 +63,8 @@ def check(key, value, default, line=""):
 
 def expand_variants(variants):
     """{run folder: {parameter: value}} of a profile's list of variants."""
+    if not isinstance(variants, list) or not all(isinstance(entry, dict) for entry in variants):
+        raise ValueError("write variants as a list such as `- {method: fd, seed: [0, 1]}`.")
     runs = {}
     for entry in variants:
         lists = [value if isinstance(value, list) else [value] for value in entry.values()]
@@ -72,7 +73,7 @@ def expand_variants(variants):
             if run.get("method") == "none":
                 run.pop("pairs", None)  # nothing is distilled, so there are no pairs to distil from
             words = {
-                key: re.sub(r"[][\s]", "", str(value)).replace(",", "_")
+                key: "_".join(map(str, value)) if isinstance(value, list) else str(value)
                 for key, value in run.items()
             }
             name = [words.pop(key) for key in ("method", "pairs") if key in words]
@@ -90,7 +91,7 @@ class WithoutDocstrings(ast.NodeTransformer):
 
 
 def code_hash(notebook, root):
-    """Hash of a notebook's code and of what it imports of jettclip/ and notebooks/; prose is free."""
+    """Hash of a notebook's code and of what it imports from jettclip/ and notebooks/."""
     source = "\n".join("".join(cell["source"]) for cell in code_cells(notebook))
     finder = ModuleFinder([str(root), str(root / "notebooks")])
     finder.load_module("__main__", io.StringIO(source), "", ("", "r", 1))
@@ -110,10 +111,10 @@ def plan(profile, root="."):
     notebooks = {path.stem: path for path in sorted(root.glob("notebooks/0*.ipynb"))}
     defaults = {name: declared(path) for name, path in notebooks.items()}
     values = yaml.safe_load(paths[profile].read_text(encoding="utf-8"))
-    runs, steps = expand_variants(values.pop("variants")), {}
+    runs, steps = expand_variants(values.pop("variants", None)), {}
     for keys, names in [(values, notebooks), *((run, ["02_train"]) for run in runs.values())]:
-        known = set().union(*(defaults[name] for name in names)) - GIVEN
-        for key in keys.keys() - known:
+        known = sorted(set().union(*(defaults[name] for name in names)) - GIVEN)
+        for key in keys.keys() - {*known}:
             raise ValueError(nearest(key, known, "parameter"))
     for notebook, path in notebooks.items():
         code = code_hash(path, root)
@@ -122,11 +123,10 @@ def plan(profile, root="."):
             given = values | runs.get(variant, {}) | given
             keys = given.keys() & defaults[notebook]
             parameters = {key: check(key, given[key], *defaults[notebook][key]) for key in keys}
-            line = yaml.safe_dump(parameters, default_flow_style=True, width=float("inf"))
-            steps[variant] = Step(notebook, parameters, line.strip(), code)
+            steps[variant] = Step(notebook, parameters, code)
     return steps
 
 
 if __name__ == "__main__":
     for name, step in plan(sys.argv[1]).items():
-        print(f"{name:24}{step.arguments}")
+        print(f"{step.notebook:20} {name}: {step.parameters}")
