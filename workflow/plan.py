@@ -22,8 +22,6 @@ import yaml
 
 from jettclip.utils import nearest
 
-GIVEN = {"profile", "variant", "variants"}  # parameters that come from here, never from a profile
-
 
 class Step(NamedTuple):
     """One execution of a notebook. It runs again when its parameters or its code change."""
@@ -112,17 +110,17 @@ def plan(profile, root="."):
     defaults = {name: declared(path) for name, path in notebooks.items()}
     values = yaml.safe_load(paths[profile].read_text(encoding="utf-8"))
     runs, steps = expand_variants(values.pop("variants", None)), {}
+    given = {"profile": profile, "variant": None, "variants": list(runs)}  # not by the profile
     for keys, names in [(values, notebooks), *((run, ["02_train"]) for run in runs.values())]:
-        known = sorted(set().union(*(defaults[name] for name in names)) - GIVEN)
+        known = sorted(set().union(*(defaults[name] for name in names)) - given.keys())
         for key in keys.keys() - {*known}:
             raise ValueError(nearest(key, known, "parameter"))
     for notebook, path in notebooks.items():
         code = code_hash(path, root)
         for variant in runs if notebook == "02_train" else [notebook]:
-            given = {"profile": profile, "variant": variant, "variants": list(runs)}
-            given = values | runs.get(variant, {}) | given
-            keys = given.keys() & defaults[notebook]
-            parameters = {key: check(key, given[key], *defaults[notebook][key]) for key in keys}
+            chosen = values | runs.get(variant, {}) | given | {"variant": variant}
+            keys = chosen.keys() & defaults[notebook]
+            parameters = {key: check(key, chosen[key], *defaults[notebook][key]) for key in keys}
             steps[variant] = Step(notebook, parameters, code)
     return steps
 

@@ -1,8 +1,8 @@
 """The profile `smoke` through a real Slurm: the same results as without. `make test-cluster`
 
-As root in a Debian container; about 9 minutes on two processors. It installs Slurm (slurmctld, slurmd,
-munge) if need be and starts it with this machine as its only node. Snakemake is killed and started
-again, a student's job is cancelled, and another one's, in two processes, is killed while it trains.
+As root in a Debian container; about 9 minutes on two processors. It installs Slurm if need be and
+starts it with this machine as its only node. Snakemake is killed and started again, the job of a
+student is cancelled, and that of another, in two processes, is killed while it trains.
 """
 
 import contextlib
