@@ -51,8 +51,9 @@ setup: .venv/.done
 	@$(PIP) --no-deps snakemake-executor-plugin-slurm==2.6.1 snakemake-executor-plugin-slurm-jobstep==0.6.1
 	@touch $@
 
+# A file of tests stays in one process, which shares its trained models.
 test: setup
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-cluster: .venv/.cluster
 	$(BIN)/python tests/cluster/run.py
