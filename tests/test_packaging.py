@@ -1,5 +1,6 @@
-"""What is installed, pinned and asked for agrees, and no notebook is committed with outputs."""
+"""What is installed, pinned and asked for agrees; the package needs none of the report's extras."""
 
+import ast
 import importlib.metadata
 import json
 import re
@@ -11,31 +12,36 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import canonicalize_name as canonical
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-ASKED = [
-    Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
-]
-LINES = [
-    line
-    for line in (ROOT / "requirements.txt").read_text().splitlines()
-    if not line.startswith("#")
-]
+PACKAGE = [Requirement(line) for line in PROJECT["dependencies"]]
+EXTRAS = {
+    name: [Requirement(line) for line in lines]
+    for name, lines in PROJECT["optional-dependencies"].items()
+}
+TEXT = (ROOT / "requirements.txt").read_text()
+LINES = [line for line in TEXT.splitlines() if not line.startswith("#")]
 PINS = [Requirement(line) for line in LINES]
+NOTEBOOKS = sorted(ROOT.glob("notebooks/**/*.ipynb"))
+BLOCKED = ["IPython", "matplotlib", "nbconvert", "papermill", "psutil", "snakemake", "typst"]
+IMPORT_ALL = """
+import importlib, sys
+from pathlib import Path
+sys.modules.update(dict.fromkeys(sys.argv[1].split(",")))  # None: an import of it fails
+for path in sorted(Path("jettclip").rglob("*.py")):
+    importlib.import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
+"""
 
 
-@pytest.mark.parametrize("asked", ASKED, ids=lambda requirement: requirement.name)
-def test_each_dependency_is_pinned_once_within_its_range(asked):
-    pins = [pin for pin in PINS if canonicalize_name(pin.name) == canonicalize_name(asked.name)]
-    assert len(pins) == 1 and pins[0].marker is None, (
-        f"requirements.txt: {asked.name} has {len(pins)} lines"
-    )
-    version = re.fullmatch(r"==([\w.]+)", str(pins[0].specifier))[1]
-    assert version in asked.specifier, (
-        f"requirements.txt has {pins[0]}, pyproject.toml asks for {asked}"
-    )
+@pytest.mark.parametrize("asked", PACKAGE + EXTRAS["report"] + EXTRAS["test"], ids=str)
+def test_each_dependency_is_pinned_within_its_range(asked):
+    pins = [pin for pin in PINS if canonical(pin.name) == canonical(asked.name)]
+    here = [pin for pin in pins if pin.marker is None or pin.marker.evaluate()]
+    assert len(here) == 1, f"requirements.txt has {len(here)} lines for {asked.name}"
+    for pin in pins:
+        assert re.fullmatch(r"==([\w.]+)", str(pin.specifier))[1] in asked.specifier
 
 
 def test_requirements_hold_pins_only():
@@ -46,7 +52,7 @@ def test_requirements_hold_pins_only():
 
 def test_installed_versions_are_the_pinned_ones():
     here = [pin for pin in PINS if pin.marker is None or pin.marker.evaluate()]
-    installed = {canonicalize_name(d.name): d.version for d in importlib.metadata.distributions()}
+    installed = {canonical(d.name): d.version for d in importlib.metadata.distributions()}
     wrong = [
         f"{pin} (installed: {installed.get(pin.name)})"
         for pin in here
@@ -65,17 +71,36 @@ def test_conda_environment():
     assert ".".join(map(str, sys.version_info[:2])) in asked
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda path: path.name)
+def test_the_package_imports_without_the_extras():
+    blocked = ",".join(BLOCKED)
+    subprocess.run([sys.executable, "-c", IMPORT_ALL, blocked], cwd=ROOT, check=True)
+
+
+def test_the_package_asks_for_what_it_imports():
+    asked = {canonical(r.name) for r in PACKAGE + EXTRAS["openvino"] + EXTRAS["web"]}
+    names = set()
+    for path in ROOT.glob("jettclip/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names.add(node.module.partition(".")[0])
+    distributions = importlib.metadata.packages_distributions()
+    for name in names - sys.stdlib_module_names - {"jettclip"}:
+        assert {canonical(d) for d in distributions.get(name, [name])} & asked, name
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebooks_are_stripped(path):
     """A fresh clone may lack the filter of .gitattributes; `make setup` defines it."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
-    for part in [notebook, *notebook["cells"]]:
-        assert not part.get("outputs") and part.get("execution_count") is None, (
-            "run nbstripout on it"
-        )
-        assert "papermill" not in part["metadata"], "this is an executed copy"
-    # As the filter would write it: else a fresh clone shows changes that nobody made.
-    verified = subprocess.run(
-        [sys.executable, "-m", "nbstripout", "--verify", path], capture_output=True, text=True
-    )
+    for item in [notebook, *notebook["cells"]]:
+        assert not item.get("outputs") and item.get("execution_count") is None, "run nbstripout"
+        assert "papermill" not in item["metadata"], "this is an executed copy"
+
+
+def test_notebooks_are_as_the_filter_writes_them():
+    """Else a fresh clone shows changes that nobody made."""
+    verify = [sys.executable, "-m", "nbstripout", "--verify", *NOTEBOOKS]
+    verified = subprocess.run(verify, capture_output=True, text=True)
     assert verified.returncode == 0, verified.stdout
