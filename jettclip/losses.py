@@ -222,7 +222,7 @@ def distill_loss(
         aligned = normalised(heads.image(student_image), heads.text(student_text), student_scale)
     elif "afd" in names or {*names} - {"crd"} and student.image.shape != teacher.image.shape:
         raise ValueError(
-            f"{method} from width {teacher.image.shape[1]} to {student.image.shape[1]} needs maps: "
+            f"{method} learns maps from width {student.image.shape[1]} to {teacher.image.shape[1]}: "
             "give distill_loss heads=Heads(method, student_width, teacher_width)"
         )
     arguments = {"crd": (student, teacher), "afd": (student, teacher, heads)}
