@@ -112,7 +112,8 @@ def backward(model, inputs, objective, config):
 def grad_cache(model, inputs, objective, config):
     """`backward` in chunks of rows (Gao et al., GradCache, 2021). Batch norm sees single chunks.
 
-    First all features, then the loss's gradients at them, then each chunk again with its gradients.
+    First all features, then the gradients of the loss with respect to them, then each chunk again,
+    through which its gradients flow back.
     """
     chunks = list(zip(*(x.split(config.chunk) for x in inputs), strict=True))
     statistics = [buffer.clone() for buffer in model.buffers()]  # only the second pass counts
