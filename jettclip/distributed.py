@@ -71,13 +71,13 @@ def end_with_parent():
 
 
 def in_processes(run, job):
-    """run(job), in the group of its torchrun if there is one. The first process alone reports."""
+    """run(job); as a process of torchrun, run(job, report) in its group, whose first one prints."""
     if "RANK" not in os.environ:  # torchrun sets it
         return run(job)
     end_with_parent()
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
-        run(job) if is_first() else run(job, report=lambda line: None)
+        run(job, print if is_first() else lambda line: None)
     finally:
         dist.destroy_process_group()
 
