@@ -305,3 +305,10 @@ SOURCES = {
     "urban1k": urban1k,
     "folder": folder,
 }
+
+
+def encoded(picture, kind):
+    """The bytes of a PIL picture as a file of `kind` ("PNG", "JPEG")."""
+    file = io.BytesIO()
+    picture.save(file, kind, compress_level=1, quality=92)  # a PNG's and a JPEG's option
+    return file.getvalue()

@@ -1,16 +1,12 @@
 """Procedural scenes with long captions: a data set drawn on the spot, without a download.
 
-A scene is 5 to 8 objects on a plain ground, at different places of a 3 x 3 grid, and follows from
-(seed, index) alone. Its caption starts with a summary, which is the short caption and names two
-objects; then one sentence describes each object, in random order. `caption(scene(0, 31))` begins:
-
-    Five shapes on a grey ground, with a green circle at the top left and a red circle at the
-    bottom right. Looking closely, the bottom centre holds a small dotted red cross. One sees ...
-
+A scene is 5 to 8 objects at different places of a 3 x 3 grid, and follows from (seed, index) alone.
+Its caption starts with the short one, which names two objects, and describes each object in random
+order: "Five shapes on a grey ground, with a green circle at the top left and a red circle at the
+bottom right. Looking closely, the bottom centre holds a small dotted red cross. One sees at ..."
 Every word and punctuation mark is one CLIP token: positions are known without a tokenizer.
 """
 
-import io
 import re
 from collections import namedtuple
 from functools import cache
@@ -19,8 +15,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-# Ground -> RGB. All are light or muted, so that every object stands out.
-GROUNDS = {
+from .published import encoded
+
+GROUNDS = {  # RGB: all are light or muted, so that every object stands out
     "grey": (168, 168, 168),
     "pale blue": (178, 208, 236),
     "beige": (226, 208, 170),
@@ -29,8 +26,7 @@ GROUNDS = {
     "brown": (142, 112, 88),
 }
 WHITE, DARK = (255, 255, 255), (50, 25, 15)
-# Colour -> RGB of the object and RGB of the marks (stripes, dots) on it.
-COLOURS = {
+COLOURS = {  # RGB of the object and of the marks (stripes, dots) on it
     "red": ((215, 25, 30), WHITE),
     "yellow": ((255, 232, 30), DARK),
     "green": ((0, 135, 50), WHITE),
@@ -39,21 +35,15 @@ COLOURS = {
     "black": ((20, 20, 20), WHITE),
 }
 STAR = np.pi * (np.arange(10) / 5 - 0.5), np.where(np.arange(10) % 2, 0.24, 0.53)  # angles, radii
-# Shape -> outlines in fractions of its width: the two corners of an ellipse's box, or a polygon.
-SHAPES = {
+LOBES = [(0, 0.05), (0.54, 0.59)], [(0.46, 0.05), (1, 0.59)]
+BAR = [(0.32, 0), (0.68, 0), (0.68, 1), (0.32, 1)]
+SHAPES = {  # outlines in fractions of the width: two corners of an ellipse's box, or a polygon
     "circle": [[(0, 0), (1, 1)]],
     "square": [[(0.06, 0.06), (0.94, 0.06), (0.94, 0.94), (0.06, 0.94)]],
     "triangle": [[(0.5, 0), (1, 0.95), (0, 0.95)]],
     "star": [[(0.5 + r * np.cos(a), 0.53 + r * np.sin(a)) for a, r in zip(*STAR, strict=True)]],
-    "cross": [
-        [(0.32, 0), (0.68, 0), (0.68, 1), (0.32, 1)],
-        [(0, 0.32), (1, 0.32), (1, 0.68), (0, 0.68)],
-    ],
-    "heart": [
-        [(0, 0.05), (0.54, 0.59)],
-        [(0.46, 0.05), (1, 0.59)],
-        [(0.04, 0.45), (0.5, 0.3), (0.96, 0.45), (0.5, 1)],
-    ],
+    "cross": [BAR, [(y, x) for x, y in BAR]],
+    "heart": [*LOBES, [(0.04, 0.45), (0.5, 0.3), (0.96, 0.45), (0.5, 1)]],
 }
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 SIZES = {"small": 0.6, "large": 0.88}  # width as a fraction of a cell
@@ -65,11 +55,10 @@ ATTRIBUTES = {
     "place": tuple(f"{row} {column}" for row in ROWS for column in COLUMNS),
 }
 COUNTS = {5: "five", 6: "six", 7: "seven", 8: "eight"}
-
 OPENINGS = (
-    "{count} shapes on a {ground} ground, with {first} and {second}",
-    "on a {ground} ground lie {count} shapes, with {first} and {second}",
-    "a {ground} ground with {count} shapes, among them {first} and {second}",
+    "{count} shapes on a {ground} ground, with {named}",
+    "on a {ground} ground lie {count} shapes, with {named}",
+    "a {ground} ground with {count} shapes, among them {named}",
 )
 THING = "a {size} {pattern} {colour} {shape}"  # "a" before a size: no attribute decides on "an"
 SENTENCES = (  # from short to long (9 to 21 tokens), the place always beside the other attributes
@@ -85,11 +74,8 @@ SENTENCES = (  # from short to long (9 to 21 tokens), the place always beside th
 )
 OVERSAMPLING = 4  # the canvas is this many times larger than the picture
 
-
-# The short caption names the first two objects; `order` has the objects' indices in caption order.
-Scene = namedtuple("Scene", "ground objects opening order")
-# Five words, the shift (x, y) from the centre of the cell in cells, the template of the sentence.
-Object = namedtuple("Object", [*ATTRIBUTES, "shift", "sentence"])
+Scene = namedtuple("Scene", "ground objects opening order")  # order of objects in the caption
+Object = namedtuple("Object", [*ATTRIBUTES, "shift", "sentence"])  # shift: (x, y) in cells
 
 
 def scene(seed, index):
@@ -102,24 +88,21 @@ def scene(seed, index):
     ground, count, opening = pick(GROUNDS), pick(COUNTS), pick(OPENINGS)
     # Three templates of like length, so that most captions are terse and others wordy.
     shortest = int((len(SENTENCES) - 2) * rng.uniform() ** 2)
-    templates = SENTENCES[shortest : shortest + 3]
     *attributes, places = ATTRIBUTES.values()
     objects = []
     for cell in rng.permutation(len(places))[:count]:
         words = *map(pick, attributes), places[cell]
         shift = tuple(rng.uniform(-0.04, 0.04, 2).tolist())
-        objects.append(Object(*words, shift, pick(templates)))
+        objects.append(Object(*words, shift, pick(SENTENCES[shortest : shortest + 3])))
     objects.sort(key=lambda thing: thing.size != "large")  # the short caption names large objects
     return Scene(ground, tuple(objects), opening, tuple(rng.permutation(count).tolist()))
 
 
 def short_caption(scene):
     """The first sentence of the caption, without its full stop (25 or 26 CLIP tokens)."""
-    first, second = (
-        f"a {thing.colour} {thing.shape} at the {thing.place}" for thing in scene.objects[:2]
-    )
+    named = [f"a {thing.colour} {thing.shape} at the {thing.place}" for thing in scene.objects[:2]]
     words = {"count": COUNTS[len(scene.objects)], "ground": scene.ground}
-    return scene.opening.format(first=first, second=second, **words).capitalize()
+    return scene.opening.format(**words, named=" and ".join(named)).capitalize()
 
 
 def caption(scene):
@@ -138,9 +121,8 @@ def _shape_mask(shape, width):
     pen = ImageDraw.Draw(mask)
     for points in SHAPES[shape]:
         if len(points) == 2:
-            (left, top), (right, bottom) = points
-            box = [left * width, top * width, right * width - 1, bottom * width - 1]
-            pen.ellipse(box, fill=255)
+            (left, top), (right, bottom) = np.multiply(points, width)
+            pen.ellipse([left, top, right - 1, bottom - 1], fill=255)
         else:
             pen.polygon([(x * (width - 1), y * (width - 1)) for x, y in points], fill=255)
     return mask
@@ -149,18 +131,16 @@ def _shape_mask(shape, width):
 @cache
 def _mark_mask(shape, pattern, width, cell):
     """Mask of the marks of `pattern` on `shape`, where a grid cell has `cell` pixels."""
-    # Dots are closer, so that a small object shows more than the dot in its middle.
-    period = cell * (0.21 if pattern == "dotted" else 0.28)
+    period = cell * (0.21 if pattern == "dotted" else 0.28)  # small objects show several dots
     steps = (np.arange(width) + 0.5 - width / 2) / period
-    x, y = np.meshgrid(steps, steps)
+    x, y = np.meshgrid(steps, steps)  # (width, width) each, in periods from the middle
     slant = 0.8 * (x + y)
     marks = {
         "plain": np.zeros_like(x),
         "striped": np.abs(slant - np.round(slant)) > 0.28,
         "dotted": np.hypot(x - np.round(x), y - np.round(y)) < 0.29,
     }[pattern]
-    # The marks leave a rim of the object's colour, which keeps its outline.
-    inner, rim = _shape_mask(shape, width), width // 30
+    inner, rim = _shape_mask(shape, width), width // 30  # a rim keeps the outline visible
     if rim:  # a filter of size 1 does nothing, and crashes Pillow 12.3
         inner = inner.filter(ImageFilter.MinFilter(2 * rim + 1))
     return ImageChops.multiply(inner, Image.fromarray(np.uint8(marks) * 255))
@@ -175,26 +155,19 @@ def draw(scene, size=64):
         row, column = divmod(ATTRIBUTES["place"].index(thing.place), 3)
         left = round((column + 0.5 + thing.shift[0]) * cell - width / 2)
         top = round((row + 0.5 + thing.shift[1]) * cell - width / 2)
-        box = (left, top, left + width, top + width)
         fill, mark = COLOURS[thing.colour]
-        canvas.paste(fill, box, _shape_mask(thing.shape, width))
-        canvas.paste(mark, box, _mark_mask(thing.shape, thing.pattern, width, cell))
+        canvas.paste(fill, (left, top), _shape_mask(thing.shape, width))
+        canvas.paste(mark, (left, top), _mark_mask(thing.shape, thing.pattern, width, cell))
     return canvas.reduce(OVERSAMPLING)
-
-
-def _png(scene, size):
-    file = io.BytesIO()
-    draw(scene, size).save(file, "PNG", compress_level=1)
-    return file.getvalue()
 
 
 def make_pairs(n, seed, size=64, split="train"):
     """Scenes 0 to n - 1 of `seed`: columns image (PNG bytes), long, short, split and key."""
     rows = []
     for index in range(n):
-        drawn = scene(seed, index)
-        captions = caption(drawn), short_caption(drawn)
-        rows.append((_png(drawn, size), *captions, split, f"scenes-{seed}-{index}"))
+        drawn, key = scene(seed, index), f"scenes-{seed}-{index}"
+        image = encoded(draw(drawn, size), "PNG")
+        rows.append((image, caption(drawn), short_caption(drawn), split, key))
     return pd.DataFrame(rows, columns=["image", "long", "short", "split", "key"])
 
 
@@ -213,9 +186,8 @@ def make_details(n, seed, size=64):
     """n pairs of scenes that differ in one attribute of one object, not named in the short caption.
 
     Columns image and other_image (PNG bytes), long and other_long (captions), attribute, position
-    (the first token in which the captions differ; the start token is 0) and key. The pairs are
-    chosen from scenes 0 to 12 n - 1 of `seed` so that positions and attributes are spread evenly.
-    Few captions are long enough for positions above 150, so these are rarer.
+    (the first token in which the captions differ; the start token is 0) and key. Chosen from scenes
+    0 to 12 n - 1 of `seed`, spread over attributes and positions as captions' lengths allow.
     """
     pool = []
     for index in range(12 * n):
@@ -223,13 +195,14 @@ def make_details(n, seed, size=64):
         drawn = scene(seed, index)
         changed = _change(drawn, attribute, np.random.default_rng([seed, index, 1]))
         captions = caption(drawn), caption(changed)
-        tokens = [re.findall(r"\w+|[^\w\s]", text) for text in captions]
+        tokens = [re.findall(r"\w+|[^\w\s]", text) for text in captions]  # as CLIP's tokens
         position = 1 + [a != b for a, b in zip(*tokens, strict=True)].index(True)
         pool.append((drawn, changed, *captions, attribute, position, f"scenes-{seed}-{index}"))
-    images, texts = ["image", "other_image"], ["long", "other_long"]
-    pairs = pd.DataFrame(pool, columns=[*images, *texts, "attribute", "position", "key"])
+    columns = ["image", "other_image", "long", "other_long", "attribute", "position", "key"]
+    pairs = pd.DataFrame(pool, columns=columns)
     # Take pairs in turn from the groups of equal attribute and nearly equal position.
     turn = pairs.groupby(["attribute", pairs.position.clip(20) // 20]).cumcount()
     pairs = pairs.loc[turn.sort_values(kind="stable").index[:n]].reset_index(drop=True)
-    pairs[images] = pairs[images].map(lambda drawn: _png(drawn, size))
+    for column in columns[:2]:
+        pairs[column] = [encoded(draw(drawn, size), "PNG") for drawn in pairs[column]]
     return pairs
