@@ -1,19 +1,22 @@
-"""Files that are either whole or not there."""
+"""Files that are whole or absent, the nearest valid name, progress, and what produced a result."""
 
 import difflib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
+import sys
+import time
 from pathlib import Path
+
+from tqdm import tqdm
 
 
 def write_json(path, value):
-    """Write JSON under a temporary name, then rename: a reader never sees half a file."""
-    write_then_rename(
-        path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n")
-    )
+    """Write `value` as JSON; a reader never sees half a file."""
+    write_then_rename(path, lambda file: file.write_text(json.dumps(value, indent=2) + "\n"))
 
 
 def write_then_rename(path, write):
@@ -29,50 +32,49 @@ def write_then_rename(path, write):
 
 
 def nearest(word, words, what):
-    """A ValueError's text for an unknown `word`, naming the nearest of `words`."""
-    close = difflib.get_close_matches(str(word), [str(w) for w in words], n=1, cutoff=0.3)
-    hint = f"did you mean {close[0]!r}?" if close else ""
-    return f"{what} {word!r} is unknown: {hint} Known: {', '.join(map(str, words))}".replace(
-        ":  ", ": "
-    )
+    """An error's text: `word` is unknown, the nearest of `words` is this."""
+    close = difflib.get_close_matches(str(word), map(str, words), n=1, cutoff=0.3)
+    hint = f" did you mean {close[0]!r}?" if close else ""
+    return f"{what} {word!r} is unknown:{hint} Known: {', '.join(map(str, words))}"
 
 
 def save_csv(table, path):
-    """Write `table` as CSV with 6 significant digits (under a temporary name, then renamed)."""
-    write_then_rename(
-        path, lambda temporary: table.to_csv(temporary, index=False, float_format="%.6g")
-    )
+    """Write a pandas table as CSV with 6 significant digits."""
+    write_then_rename(path, lambda file: table.to_csv(file, index=False, float_format="%.6g"))
+
+
+def progress(items, total, what, start=0, report=tqdm.write):
+    """Yield `items`, after `start` earlier ones of `total`, and show progress with the time left.
+
+    A bar on a terminal, else one line a minute by `report`.
+    """
+    bar = report == tqdm.write and sys.stderr.isatty()
+    began = shown = time.monotonic()
+    for done, item in enumerate(tqdm(items, what, total, initial=start, disable=not bar), 1):
+        yield item
+        if not bar and time.monotonic() - shown >= 60:
+            shown = time.monotonic()
+            left = (total - start - done) * (shown - began) / done
+            report(f"{what}: {start + done} of {total}, about {left:.0f} s left")
 
 
 def provenance():
-    """What produced a result: commit, versions, hardware, threads."""
-
-    def git(*arguments):
-        return subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
-        ).stdout.strip()
-
-    changed = git(
-        "status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"
-    )  # results change by being made anew
-    import pandas as pd
+    """What produced a result: commit, versions, hardware, threads, date."""
     import torch
 
+    def git(command):  # by a shell: without git there is no output, and no error
+        options = {"shell": True, "cwd": Path(__file__).parents[1], "capture_output": True}
+        return subprocess.run(f"git {command}", **options).stdout.decode().strip()
+
+    commit = git("rev-parse --short=12 HEAD") or "unknown"
+    if git("status --porcelain -uno -- ':!results'"):  # each run rewrites results
+        commit += "-dirty"
     packages = ("torch", "torchvision", "timm", "open_clip_torch", "numpy", "pandas")
-    cpu = [line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")]
-    return {
-        "commit": git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
-        or "unknown",
-        "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in packages},
-        "cpu": cpu[0] if cpu else platform.processor(),
-        "cores": len(cpu) or None,
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "date": pd.Timestamp.now(tz="UTC").strftime("%Y-%m-%d"),
-    }
-
-
-def _cpu_lines():
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    cpuinfo = Path("/proc/cpuinfo")  # on Linux
+    model = re.search("model name.*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    cpu = {"cpu": model[1] if model else platform.processor(), "cores": os.cpu_count()}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    hardware = {**cpu, "threads": torch.get_num_threads(), "gpu": gpu}
+    date = {"date": time.strftime("%Y-%m-%d", time.gmtime())}
+    return {"commit": commit, "python": platform.python_version(), **versions, **hardware, **date}
