@@ -173,7 +173,7 @@ class PairDataset(Dataset):
 
     def tokens(self, rows, k=0):
         """Long and short tokens (B, L) of `rows` (B,), in the caption order of crop `k`."""
-        draw, rows = k % len(self.captions), torch.as_tensor(rows)
+        draw, rows = k % len(self.captions), torch.as_tensor(rows, dtype=torch.long)
         if self._tokens:
             return tuple(tokens[rows].long() for tokens in self._tokens[draw])
         columns = self.captions[draw]

@@ -29,11 +29,9 @@ REBUILD = "delete the folder to rebuild it"
 
 def fingerprint(table):
     """SHA-256 of a pairs table: its images, captions and their order."""
-    digest = hashlib.sha256()
-    for field in table[["image", "long", "short"]].to_numpy().ravel():
-        data = field if isinstance(field, bytes) else str(field).encode()
-        digest.update(hashlib.sha256(data).digest())
-    return digest.hexdigest()
+    fields = table[["image", "long", "short"]].to_numpy().ravel()
+    data = (field if isinstance(field, bytes) else str(field).encode() for field in fields)
+    return hashlib.sha256(b"".join(hashlib.sha256(field).digest() for field in data)).hexdigest()
 
 
 class FeatureCache:
@@ -42,9 +40,9 @@ class FeatureCache:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.manifest = json.loads((self.folder / "manifest.json").read_text())
-        self.image, self.long, self.short, self.crops = map(self._file, FILES)
-        arrays = self.image, self.long, self.short  # PyTorch gathers their rows with all threads
-        self.flat = [torch.from_numpy(array).flatten(0, -2) for array in arrays]  # (N K, d), (N, d)
+        self.image, self.long, self.short, self.crops = files = [self._file(name) for name in FILES]
+        # (N K, d), (N, d), (N, d): PyTorch gathers rows with all threads
+        self.flat = [torch.from_numpy(file).flatten(0, -2) for file in files[:3]]
 
     def _file(self, name):
         path = self.folder / f"{name}.npy"
@@ -78,7 +76,7 @@ class FeatureCache:
         batches += np.split(rows, range(batch_size, n, batch_size))
         shapes = {"image": (n, k, width), "long": (n, width), "short": (n, width)}
         if is_first():
-            _prepare(folder, manifest, {**shapes, "done": len(batches)})
+            _prepare(folder, manifest, {**shapes, "done": (len(batches),)})
         wait_for_all()
         _fill(folder, teacher, dataset, batches, report)
         wait_for_all()
@@ -122,9 +120,12 @@ def _prepare(folder, manifest, shapes):
     if all(map(Path.exists, (started, *paths))) and json.loads(started.read_text()) == manifest:
         return
     started.unlink(missing_ok=True)
-    try:  # zeros for the whole of it: a full disk shows here, not as a crash in the middle
+    try:
         for path, shape in zip(paths, shapes.values(), strict=True):
-            np.save(path, np.zeros(shape, np.float16))
+            array = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+            if hasattr(os, "posix_fallocate"):  # a full disk shows here, not as a crash in writing
+                with open(path, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
     except OSError as error:
         for path in paths:
             path.unlink(missing_ok=True)
@@ -164,8 +165,7 @@ def _store(files, place, keys, **features):
         broken = ~np.isclose(np.linalg.norm(x.astype(np.float32), axis=1), 1, atol=1e-2)
         if broken.any():  # NaN too
             rows = ", ".join(str(keys[row]) for row in place[0][broken][:5])
-            problem = f"{broken.sum()} {name} features ({rows}) are not finite unit vectors"
-            raise ValueError(f"{problem}: check the teacher")
+            raise ValueError(f"the teacher's {name} features of {rows} are not finite unit vectors")
         files[name][place] = x
 
 

@@ -4,7 +4,6 @@ import json
 import pickle
 
 import numpy as np
-import pandas as pd
 import pytest
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -180,17 +179,6 @@ def test_a_missing_data_set_is_asked_for(source, name, given, tmp_path, monkeypa
         load_pairs(source, tmp_path if given else None, n=3)
 
 
-def test_the_smallest_flickr8k_is_taken(tmp_path):
-    for size in (160, 128, 96):
-        image = encoded(Image.new("RGB", (size, size)), "JPEG")
-        row = {"image": [image], "filename": ["a.jpg"], "captions": [list("abcde")]}
-        pd.DataFrame(row).to_parquet(tmp_path / f"flickr8k_{size}px_val.parquet")
-    assert read_image(load_pairs("flickr8k", tmp_path, "val").image[0]).shape == (3, 96, 96)
-
-
-# ---- classes
-
-
 @pytest.mark.parametrize("source, reader", [("cifar10", CIFAR10), ("cifar100", CIFAR100)])
 def test_cifar(source, reader, tmp_path, monkeypatch):
     with pytest.raises(
@@ -228,8 +216,5 @@ def test_imagenet(tree, tmp_path):
     (tmp_path / "val/n00000005").rmdir()
     with pytest.raises(FileNotFoundError, match="/val has 999 class folders .*ImageNet's 1000"):
         classes("imagenet", tmp_path)
-
-
-def test_no_classes(tmp_path):
     with pytest.raises(ValueError, match="source 'coco' has no classes: cifar10"):
         classes("coco", tmp_path)
