@@ -40,9 +40,8 @@ def write_flickr8k(folder, split, n):
         images = [jpeg((size, size), (20 * i, 0, 0)) for i in range(n)]
         captions = [[f"{i} {text}" for text in FIVE] for i in range(n)]
         table = {"image": images, "filename": [f"{i}.jpg" for i in range(n)], "captions": captions}
-        pd.DataFrame({**table, "split": split}).to_parquet(
-            folder / f"flickr8k_{size}px_{split}.parquet"
-        )
+        path = folder / f"flickr8k_{size}px_{split}.parquet"
+        pd.DataFrame({**table, "split": split}).to_parquet(path)
     return folder
 
 
@@ -89,7 +88,6 @@ def test_flickr8k(flickr8k, monkeypatch):
     assert sorted(pairs.long[3].removesuffix(".").split(". ")) == [*sentences, "3 a brown dog"]
     assert pairs.long[3].startswith(pairs.short[3] + ". ") and not pairs.short[3].endswith(".")
     assert len({short.split(" ", 1)[1] for short in pairs.short}) > 1  # orders differ
-
     monkeypatch.setenv("JETTCLIP_DATA", str(flickr8k))
     assert load_pairs("flickr8k").equals(pairs) and load_pairs("flickr8k", root="").equals(pairs)
     assert load_pairs("flickr8k", n=3).equals(pairs.head(3))
@@ -112,13 +110,7 @@ def test_captions_in_other_orders(flickr8k):
         assert torch.equal(dataset[5, k][4], expected.short[5])
 
 
-def test_flickr8k_missing(flickr8k, monkeypatch):
-    problem = "flickr8k_<size>px_test.parquet .*JETTCLIP_DATA.*columns"
-    with pytest.raises(FileNotFoundError, match=problem):
-        load_pairs("flickr8k", flickr8k, split="test")
-    monkeypatch.chdir(flickr8k)
-    with pytest.raises(FileNotFoundError, match="JETTCLIP_DATA"):
-        load_pairs("flickr8k")  # files that lie around are not taken for what was asked
+def test_flickr8k_without_a_column(flickr8k):
     path = flickr8k / "flickr8k_128px_train.parquet"
     pd.read_parquet(path).drop(columns="captions").to_parquet(path)
     with pytest.raises(ValueError, match=r"the column\(s\) captions; it has image, filename, spl"):
@@ -232,17 +224,12 @@ def test_crops_lie_inside_the_image(height, width, side, y, x):
 
 def test_crop_by_hand():
     image = torch.arange(12, dtype=torch.uint8).view(1, 3, 4).expand(3, 3, 4) * 20
-    seen = data.crop(
-        image, (0.5, 0.5, 0.99, 0), 2
-    )  # 2 x 2 of 3 x 4 pixels, from row 1 and column 2
+    # 2 x 2 of 3 x 4 pixels, from row 1 and column 2
+    seen = data.crop(image, (0.5, 0.5, 0.99, 0), 2)
     assert seen.tolist() == [[[120, 140], [200, 220]]] * 3
     flipped = data.crop(image, np.array([0.5, 0.5, 0.99, 1], np.float32), 2)
     assert flipped.tolist() == [[[140, 120], [220, 200]]] * 3
-    assert data.crop(torch.zeros(3, 1, 900, dtype=torch.uint8), (0.5, 1, 1, 0), 8).shape == (
-        3,
-        8,
-        8,
-    )
+    assert data.crop(image[:, :1], (0.5, 1, 1, 0), 8).shape == (3, 8, 8)
     for box in draw_crops(2, 3, seed=0).reshape(-1, 4):
         assert torch.equal(data.crop(image, box, 4), data.crop(image, (1, 0, 0, 0), 4))  # the whole
 
@@ -255,8 +242,7 @@ def test_dataset(table):
     assert torch.allclose(image, data.crop(read_image(table.image[4]), boxes[4, 2], 16) / 255)
     assert long.shape == short.shape == (77,) and long[-1] == 49407  # truncated
     assert torch.equal(long[1:12], short[1:12])  # begins with the same words
-    whole = PairDataset(table, 32)
-    assert torch.allclose(whole[4, 0][2], read_image(table.image[4]) / 255)
+    assert torch.allclose(PairDataset(table, 32)[4, 0][2], read_image(table.image[4]) / 255)
     assert len(PairDataset(table[:0], 32)) == 0
 
 
@@ -264,9 +250,8 @@ def test_pixels_are_those_of_the_models_transform(table):
     teacher = jettclip.create_model("LongCLIP-B", vision_layers=1, text_layers=1)
     for model in (tiny_model(), teacher):
         expected = transforms(model.config)[1](Image.open(io.BytesIO(table.image[3])))
-        assert torch.allclose(
-            data.dataset_for(model, table)[3, 0][2], expected, atol=2 / 255 / 0.26
-        )
+        seen = data.dataset_for(model, table)[3, 0][2]
+        assert torch.allclose(seen, expected, atol=2 / 255 / 0.26)
 
 
 @pytest.mark.parametrize("draws", [False, True])

@@ -82,7 +82,7 @@ def test_rows_are_the_teachers_features(table, tmp_path):
     images = torch.stack([dataset[int(row), int(k)][2] for row, k in torch.stack([rows, ks], 1)])
     with torch.inference_mode():
         texts = [teacher.encode_text(side[rows], True) for side in (dataset.long, dataset.short)]
-        direct = (teacher.encode_image(images, True), *texts)
+        direct = [teacher.encode_image(images, True), *texts]
     for stored, features in zip(cache.rows(rows, ks), direct, strict=True):
         assert stored.dtype == torch.float32 and torch.allclose(stored, features, atol=1e-3)
         assert torch.allclose(stored.norm(dim=1), torch.ones(4), atol=1e-3)

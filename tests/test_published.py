@@ -80,7 +80,6 @@ def test_coco(tree, tmp_path):
     assert pairs.long[1].startswith(pairs.short[1] + ".")
     assert pairs.captions[1] == [f"Image 1,\ncaption {k} " for k in range(5)]
     usable(load_pairs("coco", tmp_path, "test"), 2)
-    assert load_pairs("coco", tmp_path, seed=1).long.ne(pairs.long).any()
 
 
 @pytest.mark.parametrize(
@@ -161,39 +160,36 @@ def test_files_that_are_not_as_published(source, file, content, problem, tree, t
         load_pairs(source, tmp_path)
 
 
-@pytest.mark.parametrize("given", [True, False])
-@pytest.mark.parametrize(
-    "source, name",
-    [
-        ("coco", "annotations/captions_train2017.json"),
-        ("karpathy", r"dataset_\*.json"),
-        ("sharegpt4v", r"share-captioner\*.json or sharegpt4v\*.json or data/sharegpt4v/\*.json"),
-        ("folder", "metadata.jsonl"),
-        ("collage", "flickr8k_<size>px_train.parquet"),
-    ],
-)
-def test_a_missing_data_set_is_asked_for(source, name, given, tmp_path, monkeypatch):
+MISSING = {
+    "coco": "annotations/captions_train2017.json",
+    "karpathy": r"dataset_\*.json",
+    "sharegpt4v": r"share-captioner\*.json or sharegpt4v\*.json or data/sharegpt4v/\*.json",
+    "folder": "metadata.jsonl",
+    "collage": "flickr8k_<size>px_train.parquet",
+}
+
+
+@pytest.mark.parametrize("source", MISSING)
+def test_a_missing_data_set_is_asked_for(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    problem = f"no {name} in .*: set the parameter data_root or the environment variable JETTCLIP"
-    with pytest.raises(FileNotFoundError, match=problem):
-        load_pairs(source, tmp_path if given else None, n=3)
+    problem = f"no {MISSING[source]} in .*: set the parameter data_root or the environment variable"
+    for root in (tmp_path, None):
+        with pytest.raises(FileNotFoundError, match=problem):
+            load_pairs(source, root, n=3)
 
 
 @pytest.mark.parametrize("source, reader", [("cifar10", CIFAR10), ("cifar100", CIFAR100)])
 def test_cifar(source, reader, tmp_path, monkeypatch):
-    with pytest.raises(
-        FileNotFoundError, match=f"no complete {reader.base_folder}/.*: unpack http"
-    ):
+    with pytest.raises(FileNotFoundError, match=f"no complete {reader.base_folder}/.*: unpack "):
         classes(source, tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), dtype=np.uint8)
     labels = "labels" if source == "cifar10" else "fine_labels"
-    batch = {"data": pixels.reshape(4, 3072), labels: [0, 1, 2, 3]}
-    meta = {reader.meta["key"]: ["airplane", "aquarium_fish", "bird", "cat"]}
+    files = [name for name, _ in reader.train_list + reader.test_list]
+    contents = dict.fromkeys(files, {"data": pixels.reshape(4, 3072), labels: [0, 1, 2, 3]})
+    names = ["airplane", "aquarium_fish", "bird", "cat"]
+    contents[reader.meta["filename"]] = {reader.meta["key"]: names}
     (tmp_path / reader.base_folder).mkdir()
-    for name, content in [
-        *((name, batch) for name, _ in reader.train_list + reader.test_list),
-        (reader.meta["filename"], meta),
-    ]:
+    for name, content in contents.items():
         (tmp_path / reader.base_folder / name).write_bytes(pickle.dumps(content))
     for files in ("train_list", "test_list"):  # without the checksums of the published files
         monkeypatch.setattr(reader, files, [[name, None] for name, _ in getattr(reader, files)])

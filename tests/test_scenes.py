@@ -9,14 +9,8 @@ from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image, ImageChops
 
-from jettclip.datasets.scenes import (
-    ATTRIBUTES,
-    caption,
-    make_details,
-    make_pairs,
-    scene,
-    short_caption,
-)
+from jettclip.datasets import scenes
+from jettclip.datasets.scenes import ATTRIBUTES, caption, make_details, make_pairs, scene
 
 TOKENIZER = SimpleTokenizer()
 NUMBERS = st.integers(0, 2**31)
@@ -43,7 +37,7 @@ def test_the_caption_describes_the_whole_scene(seed, index):
     assert drawn == scene(seed, index) and 5 <= len(drawn.objects) <= 8
     assert len({thing.place for thing in drawn.objects}) == len(drawn.objects)
     short, *sentences = caption(drawn).removesuffix(".").split(". ")
-    assert short == short_caption(drawn)
+    assert short == scenes.short_caption(drawn)
     for i, sentence in zip(drawn.order, sentences, strict=True):
         for attribute, words in ATTRIBUTES.items():
             named = [word for word in words if word in sentence.lower()]
