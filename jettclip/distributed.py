@@ -83,9 +83,9 @@ def in_processes(run, job):
 
 
 def torchrun(module, job, processes):
-    """`python -m module job` in `processes` processes, on all nodes of a Slurm job; prints their lines.
+    """Run `python -m module job` in several processes, on all nodes of a Slurm job.
 
-    Raises RuntimeError with the last lines if a process fails.
+    Prints their lines as they come; RuntimeError with the last ones if a process fails.
     """
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
     if processes % nodes:
@@ -99,14 +99,8 @@ def torchrun(module, job, processes):
         address = f"{socket.gethostname()}:{20000 + int(number) % 10000}"
         meet = f"--rdzv-backend c10d --rdzv-id {number} --rdzv-endpoint {address}"
     options = f"--nnodes {nodes} --nproc-per-node {processes // nodes} {meet} -m {module}"
-    command = [
-        *launch.split(),
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        *options.split(),
-        job,
-    ]
+    options = ["-m", "torch.distributed.run", *options.split(), job]
+    command = [*launch.split(), sys.executable, *options]
     tail, pipes = deque(maxlen=100), {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(command, text=True, preexec_fn=end_with_parent, **pipes) as workers:
         for line in workers.stdout:

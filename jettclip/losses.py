@@ -16,10 +16,12 @@ from .utils import nearest
 
 
 class Features(NamedTuple):
-    image: Tensor  # (B, d), normalised
-    text: Tensor  # (B, d), normalised
+    """Normalised features of a batch. Those of several teachers lie side by side."""
+
+    image: Tensor  # (B, d)
+    text: Tensor  # (B, d)
     scale: Tensor  # factor of the cosines
-    teachers: tuple = ()  # the Features of several teachers, which lie side by side here
+    teachers: tuple = ()  # the Features of each
 
     def logits(self):
         return self.scale * self.image @ self.text.T  # (B, B): rows are images
@@ -29,8 +31,12 @@ class Features(NamedTuple):
         logs = [F.log_softmax(f.logits(), dim=1) for f in self.teachers or [self]]
         return torch.stack(logs).logsumexp(dim=0) - math.log(len(logs))
 
+    def across(self, teacher):
+        """These images with the teacher's texts."""
+        return self._replace(text=teacher.text)
+
     def flip(self):
-        """Images and texts swapped: the rows of its logits are texts."""
+        """Images and texts swapped: the rows of the logits are texts."""
         return Features(self.text, self.image, self.scale, tuple(f.flip() for f in self.teachers))
 
 
@@ -58,14 +64,15 @@ def contrastive_loss(image, text, scale, label_smoothing=0.0):
 class _Project(torch.autograd.Function):
     """Centred X (B, d) -> its projection onto its k leading principal directions.
 
-    Works on the smaller A of X X^T and X^T X. The gradient divides only by gaps between a kept and
-    a dropped eigenvalue, with a floor: equal rows or singular values leave it finite, unlike SVD's.
+    The gradient divides only by gaps, at least a floor, between a kept and a dropped eigenvalue:
+    equal rows and singular values leave it finite, unlike that of an SVD.
     """
 
     @staticmethod
     def forward(ctx, x, k):
         tall = x.shape[0] > x.shape[1]
-        values, vectors = torch.linalg.eigh(x.T @ x if tall else x @ x.T)  # ascending
+        a = x.T @ x if tall else x @ x.T  # A, the smaller of the two: (d, d) or (B, B)
+        values, vectors = torch.linalg.eigh(a)  # ascending
         ctx.save_for_backward(x, values, vectors)
         ctx.k, ctx.tall = k, tall
         kept = vectors[:, -k:]
@@ -89,8 +96,8 @@ class _Project(torch.autograd.Function):
 def primary_components(features, k=32):
     """Long-CLIP's primary components (section 3.3): (B, d) rebuilt from its mean and k directions.
 
-    The directions are those of this batch. A batch of at most k + 1 rows, or of rank k, comes back
-    unchanged, and so does one with NaN, which has no directions: its loss is NaN.
+    The directions are those of this batch. At most k + 1 rows, or rank k, come back unchanged, and
+    so does a batch with NaN, whose loss is then NaN.
     """
     if min(features.shape) <= k or len(features) == k + 1 or not torch.isfinite(features).all():
         return features
@@ -121,16 +128,12 @@ def crd(student, teacher):
 
 def icl(student, teacher):
     """Interactive contrastive learning: the student's features find the teacher's."""
-    return both_ways(lambda s, t: cross_entropy(s._replace(text=t.text)), student, teacher)
+    return both_ways(lambda s, t: cross_entropy(s.across(t)), student, teacher)
 
 
 def cross_kd(student, teacher):
     """Cross-model distillation: KL of the student's similarities to the teacher's features."""
-
-    def loss(s, t):
-        return kl(s._replace(text=t.text).log_probs(), t.log_probs())
-
-    return both_ways(loss, student, teacher)
+    return both_ways(lambda s, t: kl(s.across(t).log_probs(), t.log_probs()), student, teacher)
 
 
 def gd(student, teacher):
@@ -156,19 +159,19 @@ def afd(student, teacher, heads):
 def rd(student, teacher):
     """Relational distillation after CLIP-RD (Chung et al., arXiv 2603.25383): symmetric KL.
 
-    The student's images are as near to the teacher's images as its texts to the teacher's texts
-    (vertical), and as near to the teacher's texts as its texts to the teacher's images (cross).
+    Vertical: its images are as near to the teacher's images as its texts to the teacher's texts;
+    cross: its images as near to the teacher's texts as its texts to the teacher's images.
     """
 
     def agreement(anchors):
-        a = student._replace(text=anchors.image).log_probs()
-        b = student.flip()._replace(text=anchors.text).log_probs()
+        a = student.across(anchors.flip()).log_probs()  # images to images, or to texts
+        b = student.flip().across(anchors).log_probs()  # texts to texts, or to images
         return (kl(a, b) + kl(b, a)) / 2
 
-    return agreement(teacher) + agreement(teacher.flip())
+    return agreement(teacher) + agreement(teacher.flip())  # vertical + cross
 
 
-# A method is a function of a student's and a teacher's Features, both in the teacher's width.
+# Functions of a student's and a teacher's Features: of equal width, but for crd and afd.
 METHODS = {f.__name__: f for f in (fd, crd, icl, cross_kd, gd, afd, mfd, rd)}
 
 
@@ -221,10 +224,8 @@ def distill_loss(
     if heads is not None:  # in the teacher's width
         aligned = normalised(heads.image(student_image), heads.text(student_text), student_scale)
     elif "afd" in names or {*names} - {"crd"} and student.image.shape != teacher.image.shape:
-        raise ValueError(
-            f"{method} learns maps from width {student.image.shape[1]} to {teacher.image.shape[1]}: "
-            "give distill_loss heads=Heads(method, student_width, teacher_width)"
-        )
+        sizes = student.image.shape[1], teacher.image.shape[1]
+        raise ValueError(f"{method} of widths {sizes} needs heads=Heads({method!r}, *{sizes})")
     arguments = {"crd": (student, teacher), "afd": (student, teacher, heads)}
     losses = {name: METHODS[name](*arguments.get(name, (aligned, teacher))) for name in names}
     return sum((method_weights or {}).get(name, 1.0) * loss for name, loss in losses.items())

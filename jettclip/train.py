@@ -3,25 +3,20 @@
     python -m jettclip.train runs/scenes/fd-both-s0/job.json                       # one process
     torchrun --nproc-per-node 2 -m jettclip.train runs/scenes/fd-both-s0/job.json  # or several
 
-Notebook 02 calls `fit`, or writes the job file. A run folder holds `config.json`, `history.csv`,
+Notebook 02 calls `fit` or writes the job. A run folder holds `config.json`, `history.csv`,
 `last.ckpt` and at the end `student/`. A killed run resumes and ends with the very same bytes.
 """
 
-import contextlib
 import json
 import math
 import os
-import pickle
-import shutil
-import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
@@ -33,9 +28,8 @@ from .evaluate import recall
 from .features import FeatureCache, fingerprint
 from .losses import Heads, parse_method, total_loss
 from .models import create_model
-from .utils import nearest, progress, write_json, write_then_rename
-
-LOCK_SECONDS, SAVE_SECONDS = 10, 60  # longest wait for a run folder, time between checkpoints
+from .runs import Run, lock
+from .utils import nearest, progress
 
 
 @dataclass
@@ -60,7 +54,7 @@ class Config:
     frozen_positions: int = 0  # first rows of the text's position table (Long-CLIP: 20)
     bf16: bool = False
     eval_every: int = 50
-    save_every: int = 50  # and every minute
+    save_every: int = 50  # a checkpoint is also written every minute
 
     def __post_init__(self):
         parse_method("+".join(self.method_weights) or "none")
@@ -94,24 +88,18 @@ def optimizer_of(model, config, heads=None):
     return torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.98), eps=1e-6, fused=fused)
 
 
-# ---- one step
-
-
 def encode(model, inputs, bf16=False):
     """Images, long and short captions, perhaps masked images -> features of each, float (B, d)."""
     images, long, short, *masked = inputs
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        features = [model.encode_image(images)]
+        image = model.encode_image(images)
         # Both captions at once: batch norm has one set of statistics for them in evaluation, too.
-        features += model.encode_text(torch.cat([long, short])).split(len(long))  # (2B, d)
-        return [f.float() for f in (*features, *map(model.encode_image, masked))]
+        text = model.encode_text(torch.cat([long, short])).split(len(long))  # (2B, d) -> 2 x (B, d)
+        return [f.float() for f in (image, *text, *map(model.encode_image, masked))]
 
 
 def backward(model, inputs, objective, config):
-    """Gradients of a loss of features, if it is finite -> (loss, terms, features).
-
-    inputs: as `encode` takes them; objective: features -> (loss, terms).
-    """
+    """Gradients of objective(features of inputs), where it is finite -> (loss, terms, features)."""
     if 0 < config.chunk < len(inputs[0]):
         return grad_cache(model, inputs, objective, config)
     features = encode(model, inputs, config.bf16)
@@ -122,13 +110,13 @@ def backward(model, inputs, objective, config):
 
 
 def grad_cache(model, inputs, objective, config):
-    """`backward` in chunks of `config.chunk` rows (Gao et al., GradCache, 2021).
+    """`backward` in chunks of rows (Gao et al., GradCache, 2021). Batch norm sees single chunks.
 
-    First all features, then their gradients, then each chunk again, which passes its gradients on.
-    Batch norm alone sees single chunks; the second pass updates its statistics.
+    First all features, then the gradients of the loss with respect to them, then each chunk again,
+    through which its gradients flow back.
     """
     chunks = list(zip(*(x.split(config.chunk) for x in inputs), strict=True))
-    statistics = [buffer.clone() for buffer in model.buffers()]
+    statistics = [buffer.clone() for buffer in model.buffers()]  # only the second pass counts
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         features = zip(*(encode(model, chunk, config.bf16) for chunk in chunks), strict=True)
         features = [torch.cat(f).requires_grad_() for f in features]
@@ -145,10 +133,7 @@ def grad_cache(model, inputs, objective, config):
 
 
 def hide_patches(images, seed, step, first=0):
-    """Images with 3/4 of their 8 x 8 patches black (CLIP-KD); images[0] is row `first` of a batch.
-
-    A mask depends on (seed, step, row) alone.
-    """
+    """Images, from row `first` of a batch on, with 3/4 of their 8 x 8 patches black (CLIP-KD)."""
     drawn = np.random.default_rng([seed, step]).random((first + len(images), 1, 8, 8))
     seen = torch.from_numpy(drawn[first:] >= 0.75).to(images)
     return images * nn.functional.interpolate(seen, images.shape[2:])
@@ -165,120 +150,13 @@ def batches_after(step, dataset, config, device):
         yield from loader(dataset, batches, device)
 
 
-# ---- a run folder
-
-
-def lock(folder):
-    """Hold a run folder for this process (of several that train together, for the first)."""
-    if not is_first():
-        return contextlib.nullcontext()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        return FileLock(folder / ".lock").acquire(timeout=2)
-    except Timeout:
-        error = f"another process trains in {folder}: stop it, or wait until it has finished"
-        raise RuntimeError(error) from None
-
-
-def save_checkpoint(folder, state):
-    """Write last.ckpt; the one before stays as previous.ckpt, in case the disk damages this one."""
-
-    def write(path):
-        torch.save(state, path)
-        if (folder / "last.ckpt").exists():
-            os.replace(folder / "last.ckpt", folder / "previous.ckpt")
-
-    write_then_rename(folder / "last.ckpt", write)
-
-
-def load_checkpoint(folder, report=print):
-    """The newest whole checkpoint of a run folder, or None."""
-    for path in (folder / "last.ckpt", folder / "previous.ckpt"):
-        try:
-            return torch.load(path, weights_only=True)
-        except FileNotFoundError:
-            continue
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            report(f"{path} is damaged and not used: {str(error).splitlines()[0][:100]}")
-
-
-class Run:
-    """What a checkpoint holds: step, history, and the states of model, optimizer and heads."""
-
-    def __init__(self, folder, config, model, heads, report):
-        self.folder, self.config, self.report = folder, config, report
-        self.settings = {**asdict(config), "weights": list(config.weights)}
-        self.settings |= {"model": model.name, "model_config": model.config}
-        self.model, self.optimizer = model, optimizer_of(model, config, heads)
-        self.modules = {"model": model, "optimizer": self.optimizer, "heads": heads}
-        self.step, self.history, self.start = 0, [], time.monotonic()
-
-    def resume(self):
-        """Load the folder's checkpoint, or clear the folder for a new start."""
-        self.saved = time.monotonic()
-        if saved := load_checkpoint(self.folder, self.report):
-            differs = [k for k, v in self.settings.items() if saved["settings"].get(k, self) != v]
-            if differs:
-                error = f"{self.folder} holds a run with other settings ({', '.join(differs)}): "
-                raise ValueError(error + "delete it or name another folder")
-            for name, module in self.modules.items():
-                module.load_state_dict(saved[name])
-            torch.set_rng_state(saved["rng"])
-            self.step, self.history = saved["step"], saved["history"]
-            self.start -= saved["seconds"]
-            self.report(f"resumed {self.folder.name} at step {self.step} of {self.config.steps}")
-        elif is_first():
-            shutil.rmtree(self.folder / "student", ignore_errors=True)
-            write_json(self.folder / "config.json", self.settings)
-
-    def state(self):
-        state = {"settings": self.settings, "step": self.step, "history": self.history}
-        state |= {name: module.state_dict() for name, module in self.modules.items()}
-        return {**state, "rng": torch.get_rng_state(), "seconds": time.monotonic() - self.start}
-
-    def save(self):
-        save_checkpoint(self.folder, self.state())
-        table = pd.DataFrame(self.history)
-        write_then_rename(self.folder / "history.csv", lambda path: table.to_csv(path, index=False))
-        self.saved = time.monotonic()
-
-    def log(self, loss, terms, validate):
-        """Add a row to the history, and report it."""
-        step, steps, seconds = self.step, self.config.steps, time.monotonic() - self.start
-        row = {"loss": loss.item(), **{name: term.item() for name, term in terms.items()}}
-        row["scale"] = self.model.logit_scale.exp().item()
-        if validate:
-            row |= {name: float(value) for name, value in validate(self.model.eval()).items()}
-        self.history.append({"step": step, "seconds": round(seconds, 1), **row})
-        numbers = " ".join(f"{name} {value:.3f}" for name, value in row.items())
-        times = f"{seconds:.0f} s, about {seconds / step * (steps - step):.0f} s left"
-        self.report(f"{self.folder.name} step {step}/{steps} {numbers} | {times}")
-
-    def not_finite(self, terms, features, keys):
-        """Save what is needed to look into a loss that is no number -> the error."""
-        bad = ~torch.stack([f.isfinite().all(dim=1) for f in features]).all(dim=0)  # (B,)
-        bad = [str(key) for key, is_bad in zip(keys, bad.tolist(), strict=True) if is_bad]
-        file, state = self.folder / "not-finite.ckpt", {**self.state(), "keys": bad}
-        write_then_rename(file, lambda path: torch.save(state, path))
-        losses = {name: term.item() for name, term in terms.items()}
-        return FloatingPointError(
-            f"loss is {sum(losses.values())} at step {self.step} of {self.folder}: {losses}; rows with "
-            f"features that are not finite: {', '.join(bad[:5]) or 'none'}; weights are in {file}; "
-            "try a lower lr"
-        )
-
-
 def check(config, dataset, caches):
     """Refuse what cannot be trained."""
     size, processes = config.batch_size, world_size()
     if config.method != "none" and not caches:
-        raise ValueError(
-            f"method {config.method!r} distils: it needs a feature cache (notebook 01)"
-        )
+        raise ValueError(f"method {config.method!r} distils: it needs a feature cache")
     if len(dataset) < size:
-        raise ValueError(
-            f"{len(dataset)} training pairs do not fill a batch: lower batch_size {size}"
-        )
+        raise ValueError(f"{len(dataset)} training pairs do not fill a batch_size of {size}")
     if size % processes:
         raise ValueError(f"batch_size {size} does not divide among {processes} processes")
 
@@ -287,10 +165,8 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=tqdm.w
     """Train `model` on `dataset` (a PairDataset) and return it in evaluation mode.
 
     cache: for distillation, the teacher's FeatureCache of the same rows and crops, or a list of
-    several teachers'. validate: model -> numbers, every `eval_every` steps and at the end.
-    A run that was killed resumes from its folder. One more process there is an error.
+    several. validate: model -> numbers, every `eval_every` steps. A killed run resumes.
     """
-    # set-up
     folder, device, methods = Path(folder), model.logit_scale.device, parse_method(config.method)
     caches = [cache] if isinstance(cache, FeatureCache) else cache or []
     check(config, dataset, caches)
@@ -301,14 +177,16 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=tqdm.w
         heads = Heads(config.method, width, sum(widths) or width).to(device)
     model.logit_scale.requires_grad_(config.learn_scale)
     trained = [*model.parameters(), *heads.parameters()]
-    run = Run(folder, config, model, heads, report)
-    learned = {"heads": heads, "teacher_widths": widths}
+    optimizer = optimizer_of(model, config, heads)
+    run = Run(folder, config, model, heads, optimizer, report)
+    settings = {"heads": heads, "teacher_widths": widths, **config.loss()}
 
     def objective(features, teacher):
         features, scale = [gather(f) for f in features], model.logit_scale.exp()
-        return total_loss(features, teacher, scale, **config.loss(), **learned)
+        return total_loss(features, teacher, scale, **settings)
 
     with lock(folder):
+        distributed.wait_for_all()
         run.resume()
         model.to(memory_format=torch.channels_last)
         batches = batches_after(run.step, dataset, config, device)
@@ -323,7 +201,7 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=tqdm.w
                 inputs.append(hide_patches(images, config.seed, run.step, rank() * len(images)))
             teacher = zip(*(cache.rows(rows, ks) for cache in caches), strict=True)
             teacher = [gather(torch.cat(f, dim=1).to(device)) for f in teacher]  # 3 x (B, widths)
-            run.optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
             loss_of = partial(objective, teacher=teacher)
             loss, terms, features = backward(model, inputs, loss_of, config)
             if not torch.isfinite(loss):
@@ -333,17 +211,16 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=tqdm.w
             # update
             if config.frozen_positions:
                 model.text.positional_embedding.grad[: config.frozen_positions] = 0
-            for group in run.optimizer.param_groups:
+            for group in optimizer.param_groups:
                 group["lr"] = learning_rate(run.step - 1, config)
             average_gradients(trained)
             nn.utils.clip_grad_norm_(trained, 1.0)
-            run.optimizer.step()
-            with torch.no_grad():
-                model.logit_scale.clamp_(0, math.log(100))  # CLIP, section 2.5
+            optimizer.step()
+            model.logit_scale.data.clamp_(0, math.log(100))  # CLIP, section 2.5
 
             # evaluate, checkpoint
             evaluate = run.step % config.eval_every == 0 or run.step == config.steps
-            save = run.step % config.save_every == 0 or time.monotonic() - run.saved > SAVE_SECONDS
+            save = run.step % config.save_every == 0 or run.minute_passed()
             if is_first() and evaluate:
                 run.log(loss, terms, validate)
             if is_first() and (evaluate or save):
@@ -354,16 +231,13 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=tqdm.w
     return model
 
 
-# ---- a student from files
-
-
 def run(job, report=tqdm.write):
     """Train the student that `job` describes, a mapping that JSON can hold, and return it.
 
-    job: folder, data (folder of train.parquet and val.parquet), caches (folders of the teachers'
-    features), model, model_file (weights to start from, or none), text_tower, image_size,
-    context_length, crops (stored crops to use; 0: all), config; start: None, or the steps and the
-    stretch mode of a student that first learns short captions at 77 tokens, as its teacher did.
+    job: folder, data (folder of train.parquet, val.parquet), caches (folders), config, model,
+    model_file (weights to start from, or none), text_tower, image_size, context_length, crops (of
+    those stored; 0: all), start: None or {"steps", "stretch"}, to learn short captions first, at 77
+    tokens, and stretch the positions, as the teacher did.
     """
     data, folder, config = Path(job["data"]), Path(job["folder"]), Config(**job["config"])
     train, val = (pd.read_parquet(data / f"{split}.parquet") for split in ("train", "val"))
@@ -371,21 +245,19 @@ def run(job, report=tqdm.write):
     crops = caches[0].crops[:, : job["crops"] or None]
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
-    def new(length):
+    def new(context_length):
         torch.manual_seed(config.seed)
-        file, tower = job.get("model_file") or None, job["text_tower"]
-        sizes = {"context_length": length, "image_size": job["image_size"]}
-        return create_model(job["model"], file, device, tower, **sizes)
+        sizes = {"context_length": context_length, "image_size": job["image_size"]}
+        file = job.get("model_file") or None
+        return create_model(job["model"], file, device, job["text_tower"], **sizes)
 
     student = new(job["context_length"])
-    if start := job.get("start"):
-        clip, steps = new(77), start["steps"]
+    if first := job.get("start"):
+        clip, steps = new(77), first["steps"]
         short = dataset_for(clip, train.assign(long=train.short), crops)
-        plain = replace(
-            config, steps=steps, method="none", method_weights={}, weights=(1.0, 0.0, 0.0, 0.0)
-        )
+        plain = replace(config, steps=steps, method="none", method_weights={}, weights=(1, 0, 0, 0))
         clip = fit(clip, plain, short, folder / "clip77", report=report)
-        fill(student, clip.state_dict(), "clip77", start["stretch"])
+        fill(student, clip.state_dict(), "clip77", first["stretch"])
         torch.manual_seed(config.seed)
     dataset, val = dataset_for(student, train, crops), dataset_for(student, val)
     return fit(student, config, dataset, folder, caches, lambda model: recall(model, val), report)

@@ -1,73 +1,69 @@
-"""Two processes, or one in chunks, have the gradients of one process over the whole batch.
+"""Several processes, or one in chunks, have the gradients of one process over the whole batch.
 
-The model has no batch norm: that one sees its own process's rows, as it does everywhere.
-Run as a script, by torchrun, this file is one of the processes.
+The model has no batch norm, which sees its own process's rows or its chunk. Run as a script, by
+torchrun, this file is one of the processes.
 """
 
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from conftest import tiny_model
 
-from jettclip import create_model
+from jettclip import create_model, train
 from jettclip.data import PairDataset, draw_crops
+from jettclip.datasets.scenes import make_pairs
 from jettclip.features import FeatureCache
 from jettclip.losses import METHODS
-from jettclip.datasets.scenes import make_pairs
-from jettclip.train import Config, fit
+from jettclip.train import Config, fit, optimizer_of
 
-ROWS = 12
-CASES = [
-    ("none", "both"),
-    *((method, "both") for method in METHODS),
-    ("crd+fd", "long"),
-    ("crd+mfd", "both"),
-]
-WIDE = [("crd+fd+icl+cross_kd+rd", "both")]  # the teacher's features are wider than the student's
+ROWS, ALL = 12, "+".join(METHODS)
+SIZES = {"image_size": 32, "vision_patch_size": 16, "vision_width": 64, "vision_layers": 1}
+SIZES |= {"embed_dim": 16, "text_width": 64, "text_heads": 1, "text_layers": 2}
+# method, pairs, width of the teacher's features (the student's is 16)
+FEW = [("none", "both", 16), ("crd+fd", "long", 16), (ALL, "both", 16), (ALL, "both", 24)]
+CASES = {2: FEW + [(method, "both", 16) for method in METHODS], 3: FEW}
 
 
 def make_data(folder):
     table = make_pairs(ROWS, seed=1, size=32)
-    crops = draw_crops(ROWS, 2, seed=0, smallest=0.5, flip=True)
-    dataset = PairDataset(table, 32, crops=crops)
-    quiet = {"report": lambda line: None}
-    return dataset, {
-        width: FeatureCache.build(
-            folder / str(width), tiny_model(seed=1, embed_dim=width), "t", table, dataset, **quiet
-        )
-        for width in (16, 24)
+    dataset = PairDataset(table, 32, crops=draw_crops(ROWS, 2, seed=0, smallest=0.5, flip=True))
+    caches = {}
+    for width in (16, 24):
+        teacher = tiny_model(seed=1, embed_dim=width)
+        cache = folder / str(width), teacher, "t", table, dataset
+        caches[width] = FeatureCache.build(*cache, report=lambda line: None)
+    return dataset, caches
+
+
+def gradients(data, folder, method, pairs, width, chunk=0):
+    """Gradients of model and heads in the first step of a run."""
+    (dataset, caches), made = data, {}
+
+    def keep(model, config, heads):
+        made.update({"model": model, "heads": heads})
+        return optimizer_of(model, config, heads)
+
+    torch.manual_seed(0)
+    model, settings = create_model("LongCLIP-B", **SIZES), {"method": method, "pairs": pairs}
+    config = Config(1, ROWS, chunk, components=4, teacher_scale=20.0, **settings)
+    with mock.patch.object(train, "optimizer_of", keep):
+        fit(model, config, dataset, folder, caches[width], report=lambda line: None)
+    return {
+        f"{module} {name}": torch.zeros_like(p) if p.grad is None else p.grad
+        for module in made
+        for name, p in made[module].named_parameters()
     }
 
 
-def gradients(method, pairs, data, folder, width=16, chunk=0):
-    """Every parameter's gradient in the first step of a run."""
-    dataset, cache = data
-    torch.manual_seed(0)
-    model = create_model(
-        "LongCLIP-B",
-        embed_dim=16,
-        image_size=32,
-        vision_patch_size=16,
-        vision_width=64,
-        vision_layers=1,
-        text_width=64,
-        text_heads=1,
-        text_layers=2,
-    )
-    config = Config(
-        steps=1,
-        batch_size=ROWS,
-        method=method,
-        pairs=pairs,
-        components=4,
-        chunk=chunk,
-        teacher_scale=20.0,
-    )
-    fit(model, config, dataset, folder, cache[width], report=lambda line: None)
-    return {name: p.grad for name, p in model.named_parameters()}
+def largest_difference(a, b):
+    """Relative to the length of the gradient of all parameters together."""
+    assert a.keys() == b.keys()
+    whole = torch.cat([g.flatten() for g in a.values()]).norm()
+    return max(((a[name] - b[name]).norm() / whole).item() for name in a)
 
 
 @pytest.fixture(scope="module")
@@ -75,85 +71,46 @@ def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("caches"))
 
 
-@pytest.fixture(scope="module")
-def by_two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        __file__,
-        str(folder),
-    ]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    return torch.load(folder / "gradients.pt", weights_only=True)
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes(processes, data, tmp_path):
+    options = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
+    command = [sys.executable, *options, __file__, str(tmp_path), str(processes)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    found = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    for number, case in enumerate(CASES[processes]):
+        alone = gradients(data, tmp_path / f"alone{number}", *case)
+        assert largest_difference(alone, found[number]) < 1e-5, case
+        assert "model logit_scale" in alone and (
+            len(case[0]) < 20 or "heads fuse_text.bias" in alone
+        )
 
 
-def largest_difference(one, other):
-    """Relative to the length of the gradient of all parameters together."""
-    assert one.keys() == other.keys()
-    whole = torch.cat([g.flatten() for g in one.values()]).norm()
-    return max(((one[name] - other[name]).norm() / whole).item() for name in one)
-
-
-@pytest.mark.parametrize(
-    "method, pairs, width", [(*case, 16) for case in CASES] + [(*case, 24) for case in WIDE]
-)
-def test_two_processes(method, pairs, width, data, by_two_processes, tmp_path):
-    alone = gradients(method, pairs, data, tmp_path, width)
-    assert largest_difference(alone, by_two_processes[f"{method} {pairs} {width}"]) < 1e-5
-
-
-@pytest.mark.parametrize("method, pairs", CASES)
-def test_chunks(method, pairs, data, tmp_path):
+@pytest.mark.parametrize("case", FEW)
+def test_chunks(case, data, tmp_path):
     """7 + 5 rows at a time, primary components included."""
-    alone, chunked = (
-        gradients(method, pairs, data, tmp_path / str(chunk), chunk=chunk) for chunk in (0, 7)
-    )
-    assert largest_difference(alone, chunked) < 1e-5
+    whole, chunked = (gradients(data, tmp_path / str(n), *case, chunk=n) for n in (0, 7))
+    assert largest_difference(whole, chunked) < 1e-5
 
 
 def test_batch_norm_remembers_a_chunk_once(data, tmp_path):
-    dataset, cache = data
-    model = tiny_model()
-    fit(
-        model,
-        Config(steps=3, batch_size=ROWS, method="crd", components=4, chunk=4),
-        dataset,
-        tmp_path,
-        cache[16],
-        report=lambda line: None,
-    )
-    norms = [
-        module for module in model.visual.modules() if isinstance(module, torch.nn.BatchNorm2d)
-    ]
-    assert {int(module.num_batches_tracked) for module in norms} == {3 * 3} and {
-        module.momentum for module in norms
-    } == {0.1}
+    (dataset, caches), model = data, tiny_model()
+    config = Config(steps=3, batch_size=ROWS, method="crd", components=4, chunk=4)
+    fit(model, config, dataset, tmp_path, caches[16], report=lambda line: None)
+    norms = [m for m in model.visual.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert {int(norm.num_batches_tracked) for norm in norms} == {3 * 3}
 
 
-def process():
-    import torch.distributed as dist
-
+def process(folder, processes):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    folder = Path(sys.argv[1])
+    torch.distributed.init_process_group("gloo")
     data = make_data(folder / "caches")
-    found = {
-        f"{method} {pairs} {width}": gradients(
-            method, pairs, data, folder / f"{method}-{pairs}-{width}", width
-        )
-        for cases, width in ((CASES, 16), (WIDE, 24))
-        for method, pairs in cases
-    }
-    if dist.get_rank() == 0:
+    cases = enumerate(CASES[int(processes)])
+    found = {number: gradients(data, folder / str(number), *case) for number, case in cases}
+    if torch.distributed.get_rank() == 0:
         torch.save(found, folder / "gradients.pt")
-    dist.destroy_process_group()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    process()
+    process(Path(sys.argv[1]), sys.argv[2])

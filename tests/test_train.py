@@ -1,4 +1,4 @@
-"""A killed run ends with the weights of one that was not; what cannot be trained is refused at once."""
+"""A killed run ends with the weights of one that was not; what cannot be trained is refused."""
 
 import os
 import signal
@@ -13,44 +13,46 @@ import torch
 import torch.nn.functional as F
 from conftest import MODELS_AND_TOWERS, tiny_model
 
-from jettclip import create_model
-from jettclip.models import load_folder
-from jettclip.checkpoints import write_json
+from jettclip import create_model, runs, train
 from jettclip.data import PairDataset, draw_crops
-from jettclip.features import FeatureCache
-from jettclip.losses import WHOLE, Part
-from jettclip.distributed import Stopped
 from jettclip.datasets.scenes import make_pairs
-from jettclip.train import Config, fit, hide_patches, learning_rate, optimizer_of, start
+from jettclip.distributed import torchrun
+from jettclip.features import FeatureCache
+from jettclip.models import load_folder
+from jettclip.train import Config, finished, fit, hide_patches, learning_rate, optimizer_of, start
+from jettclip.utils import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = {
-    "steps": 8,
-    "batch_size": 6,
-    "warmup": 2,
-    "save_every": 2,
-    "eval_every": 3,
-    "components": 4,
-}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+SETTINGS = {"steps": 8, "batch_size": 6, "warmup": 2, "save_every": 2, "eval_every": 3}
 
 
 def make_data(folder):
-    """20 pairs with two crops each (3 batches of 6 in an epoch), and a teacher's features of them."""
+    """20 pairs of two crops each (3 batches of 6 in an epoch), and a teacher's features of them."""
     table = make_pairs(20, seed=1, size=32)
-    crops = draw_crops(20, 2, seed=0, smallest=0.5, flip=True)
-    dataset = PairDataset(table, 32, crops=crops)
-    cache = FeatureCache.build(
-        folder, tiny_model(seed=1), "t", table, dataset, report=lambda line: None
-    )
-    return dataset, cache
+    dataset = PairDataset(table, 32, crops=draw_crops(20, 2, seed=0, smallest=0.5, flip=True))
+    build = folder, tiny_model(seed=1), "t", table, dataset
+    return dataset, FeatureCache.build(*build, report=lambda line: None)
 
 
-def run(
-    folder, data, method="crd+fd", report=lambda line: None, validate=None, model=None, **changes
-):
-    dataset, cache = data
-    config = Config(**{**SETTINGS, "method": method, **changes})
-    return fit(model or tiny_model(), config, dataset, folder, cache, validate, report)
+def run(folder, data, report=lambda line: None, validate=None, model=None, **changes):
+    config = Config(**{**SETTINGS, "components": 4, "method": "crd+fd", **changes})
+    return fit(model or tiny_model(), config, data[0], folder, data[1], validate, report)
+
+
+def stop_at(text):
+    """A `report` that interrupts the run at the line with `text`."""
+
+    def report(line):
+        if text in line:
+            raise KeyboardInterrupt
+
+    return report
+
+
+def interrupted(folder, data, at="step 6/8", **changes):
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, data, report=stop_at(at), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(data, tmp_path_factory):
+def whole(data, tmp_path_factory):
     """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("runs") / "student"
     run(folder, data)
@@ -74,6 +76,10 @@ def history(folder):
     return pd.read_csv(folder / "history.csv").drop(columns="seconds")
 
 
+def same(folder, reference):
+    return weights(folder) == weights(reference) and history(folder).equals(history(reference))
+
+
 # ---- resume
 
 KILLED = """
@@ -83,90 +89,66 @@ from test_train import make_data, run
 
 def report(line):
     print(line, flush=True)
+    if "step 3/8" in line:
+        sys.stdin.readline()
     if "step 6/8" in line:
         os.kill(os.getpid(), signal.SIGKILL)
 
-run(sys.argv[1], make_data(sys.argv[2]), report=report)
+run(Path(sys.argv[1]), make_data(Path(sys.argv[2])), report=report)
 """
 
 
-def test_killed_run_ends_with_the_same_weights(finished, data, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    folder = tmp_path / "student"
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, folder, tmp_path / "cache"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert [
-        line.split(" contrastive")[0].split(" loss")[0] for line in killed.stdout.splitlines()
-    ] == ["student step 3/8", "student step 6/8"]
-    assert not (folder / "student").exists()  # step 6 was reported and not yet saved; step 4 was
+def test_killed_run_ends_with_the_same_weights(whole, data, tmp_path, monkeypatch):
+    """While it lives, no second process may train in its folder."""
+    monkeypatch.setattr(runs, "LOCK_SECONDS", 0)
+    folder, lines = tmp_path / "student", []
+    command = [sys.executable, "-c", KILLED, folder, tmp_path / "cache"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=ENVIRONMENT, **pipes) as process:
+        assert "student step 3/8" in process.stdout.readline()
+        with pytest.raises(
+            RuntimeError, match="another process trains in .*student: wait, or stop"
+        ):
+            run(folder, data)
+        process.communicate("go on\n")
+    assert process.returncode == -signal.SIGKILL
+    assert not (folder / "student").exists()  # step 6 was reported, and step 4 saved last
 
-    lines = []
     run(folder, data, report=lines.append)
-    assert [line.split(" loss")[0] for line in lines] == [
-        "resumed student at step 4 of 8",
-        "student step 6/8",
-        "student step 8/8",
-    ]
-    assert weights(folder) == weights(finished)
-    assert history(folder).equals(history(finished)) and history(folder).step.tolist() == [3, 6, 8]
+    steps = [line.split(" loss")[0] for line in lines]
+    assert steps == ["resumed student at step 4 of 8", "student step 6/8", "student step 8/8"]
+    assert same(folder, whole) and history(folder).step.tolist() == [3, 6, 8]
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_told_to_stop(number, finished, data, tmp_path):
-    """It ends at the step of the signal, which no `save_every` would have saved, and goes on to the same weights."""
-
-    def report(line):
-        if "step 3/8" in line:
-            os.kill(os.getpid(), number)
-
-    before = signal.getsignal(number)
-    with pytest.raises(
-        Stopped, match=rf"student stopped by {number.name} at step 4 of 8; its checkpoint is saved"
-    ):
-        run(tmp_path / "student", data, report=report, save_every=100)
-    assert signal.getsignal(number) == before
-    lines = []
-    run(tmp_path / "student", data, report=lines.append, save_every=100)
-    assert lines[0] == "resumed student at step 4 of 8" and weights(
-        tmp_path / "student"
-    ) == weights(finished)
-
-
-def test_random_numbers_go_on_where_they_were(data, tmp_path):
+def test_heads_masks_and_random_numbers_resume(data, tmp_path):
     """A model with dropout, interrupted in the middle of an epoch."""
 
     def with_dropout():
         model = tiny_model()
-        model.text.register_forward_hook(
-            lambda module, tokens, out: F.dropout(out, 0.5, module.training)
-        )
+        hook = lambda module, tokens, out: F.dropout(out, 0.5, module.training)  # noqa: E731
+        model.text.register_forward_hook(hook)
         return model
 
-    def stop(line):
-        if "step 6/8" in line:
-            raise KeyboardInterrupt
-
-    run(tmp_path / "whole", data, model=with_dropout())
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "parts", data, model=with_dropout(), report=stop)
-    run(tmp_path / "parts", data, model=with_dropout())
-    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    run(tmp_path / "whole", data, model=with_dropout(), method="afd+mfd+crd")
+    interrupted(tmp_path / "parts", data, model=with_dropout(), method="afd+mfd+crd")
+    run(tmp_path / "parts", data, model=with_dropout(), method="afd+mfd+crd")
+    assert same(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_a_finished_run_is_not_trained_again(data, tmp_path):
-    run(tmp_path, data, steps=2)
-    before, lines = weights(tmp_path), []
-    (
-        tmp_path / "student/open_clip_model.safetensors"
-    ).unlink()  # as if killed before it was written
-    model = run(tmp_path, data, steps=2, report=lines.append)
-    assert lines == [f"resumed {tmp_path.name} at step 2 of 2"]
-    assert weights(tmp_path) == before and not model.training
+def test_a_finished_run_is_not_trained_again(whole, data):
+    before, lines = weights(whole), []
+    (whole / "student/open_clip_model.safetensors").unlink()  # as if killed before it was written
+    model = run(whole, data, report=lines.append)
+    assert lines == ["resumed student at step 8 of 8"]
+    assert weights(whole) == before and not model.training
+
+
+def test_a_new_start_clears_the_folder(data, tmp_path):
+    run(tmp_path, data, steps=1)
+    for name in ("last.ckpt", "previous.ckpt"):
+        (tmp_path / name).unlink(missing_ok=True)
+    interrupted(tmp_path, data, at="step 1/2", steps=2, eval_every=1)
+    assert not (tmp_path / "student").exists()
 
 
 def test_numbers_of_numpy_can_be_resumed(data, tmp_path):
@@ -176,154 +158,103 @@ def test_numbers_of_numpy_can_be_resumed(data, tmp_path):
         assert not model.training
         return {"recall": np.float64(0.25), "n": np.int64(3)}
 
-    def stop(line):
-        if "step 2/4" in line:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, data, steps=4, eval_every=1, report=stop, validate=validate)
-    run(tmp_path, data, steps=4, eval_every=1, validate=validate)
+    changes = {"steps": 4, "eval_every": 1, "validate": validate}
+    interrupted(tmp_path, data, at="step 2/4", **changes)
+    run(tmp_path, data, **changes)
     assert history(tmp_path).recall.tolist() == [0.25] * 4
 
 
-def test_same_seed_same_weights(finished, data, tmp_path):
+def test_same_seed_same_weights(whole, data, tmp_path):
     run(tmp_path / "student", data)
-    assert weights(tmp_path / "student") == weights(finished)
+    assert same(tmp_path / "student", whole)
     run(tmp_path / "other", data, seed=1)
-    assert weights(tmp_path / "other") != weights(finished)
+    assert weights(tmp_path / "other") != weights(whole)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "garbage"])
-def test_a_damaged_checkpoint_is_not_used(damage, finished, data, tmp_path):
+def test_a_damaged_checkpoint_is_not_used(damage, whole, data, tmp_path):
     """The one before it is; the run ends with the same weights."""
-
-    def stop(line):
-        if "step 6/8" in line:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, data, report=stop, save_every=1)
-    last = tmp_path / "last.ckpt"
+    interrupted(tmp_path, data, save_every=1)
+    last, lines = tmp_path / "last.ckpt", []
     if damage == "missing":  # killed between the two renames
         last.unlink()
     else:
         last.write_bytes(last.read_bytes()[:5000] if damage == "truncated" else b"garbage")
-    lines = []
     run(tmp_path, data, report=lines.append, save_every=1)
     if damage != "missing":
         assert "last.ckpt is damaged and not used" in lines.pop(0)
     assert lines[0] == f"resumed {tmp_path.name} at step 4 of 8"
-    assert weights(tmp_path) == weights(finished) and history(tmp_path).equals(history(finished))
+    assert same(tmp_path, whole)
+
+
+def test_checkpoints_by_the_clock(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "SAVE_SECONDS", 0)
+    interrupted(tmp_path, data, save_every=100)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["step"] == 5
 
 
 # ---- what a loss learns, masks, jobs
 
 
-def test_learned_maps_are_trained_and_not_part_of_the_student(data, tmp_path):
-    narrow = {"model": tiny_model(embed_dim=12)}
-    names = set(narrow["model"].state_dict())
-    run(tmp_path, data, method="fd+afd", steps=4, **narrow)
-    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["heads"]
+def test_learned_maps_are_no_part_of_the_student(data, tmp_path):
+    model = tiny_model(embed_dim=12)
+    names = set(model.state_dict())
+    run(tmp_path, data, method="fd+afd", steps=4, model=model)
+    saved, before = (
+        torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["heads"]
+        for name in ("last", "previous")
+    )
     assert saved["image.weight"].shape == (16, 12) and saved["fuse_text.weight"].shape == (12, 28)
-    assert set(load_folder(tmp_path / "student").state_dict()) == names
-    before = torch.load(tmp_path / "previous.ckpt", weights_only=True)["heads"]
     assert all((saved[key] != before[key]).any() for key in saved)
-
-
-def test_killed_run_with_heads_and_masks_goes_on(data, tmp_path):
-    def stop(line):
-        if "step 6/8" in line:
-            raise KeyboardInterrupt
-
-    run(tmp_path / "whole", data, method="afd+mfd+crd")
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "parts", data, method="afd+mfd+crd", report=stop)
-    run(tmp_path / "parts", data, method="afd+mfd+crd")
-    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    assert set(load_folder(tmp_path / "student").state_dict()) == names
 
 
 def test_masks_follow_from_seed_step_and_row():
     images = torch.rand(6, 3, 64, 64) + 0.1
-    masked = hide_patches(images, 0, 3, WHOLE, 6)
+    masked = hide_patches(images, 0, 3)
     hidden = (masked == 0).all(dim=1)
-    assert torch.equal(
-        masked[~hidden[:, None].expand_as(masked)], images[~hidden[:, None].expand_as(images)]
-    )
-    assert 0.65 < hidden.float().mean() < 0.85
+    assert torch.equal(masked, images * ~hidden[:, None]) and 0.65 < hidden.float().mean() < 0.85
     patches = hidden.unflatten(1, (8, 8)).unflatten(3, (8, 8)).float().mean(dim=(2, 4))
     assert set(patches.unique().tolist()) == {0.0, 1.0}
-    part = Part(slice(2, 4), WHOLE.gather)
-    assert torch.equal(hide_patches(images[2:4], 0, 3, part, 6), masked[2:4])
-    assert not torch.equal(hide_patches(images, 0, 4, WHOLE, 6), masked)
+    assert torch.equal(hide_patches(images[2:4], 0, 3, first=2), masked[2:4])
+    assert not torch.equal(hide_patches(images, 0, 4), masked)
 
 
-def test_several_teachers_and_one_for_short_captions(data, tmp_path):
-    dataset, cache = data
-    lines = []
-    fit(
-        tiny_model(),
-        Config(**{**SETTINGS, "method": "crd+fd", "steps": 2}),
-        dataset,
-        tmp_path,
-        [cache, cache],
-        report=lines.append,
-        short_cache=cache,
-    )
+def test_several_teachers_and_a_frozen_scale(data, tmp_path):
+    lines, before = [], tiny_model().logit_scale.item()
+    run(tmp_path / "a", (data[0], [data[1]] * 2), steps=2, report=lines.append, learn_scale=False)
     assert "distill_short" in lines[-1]
-
-
-def test_the_scale_can_be_frozen(data, tmp_path):
-    assert (
-        run(tmp_path / "a", data, learn_scale=False, steps=3).logit_scale.item()
-        == tiny_model().logit_scale.item()
-    )
-    assert run(tmp_path / "b", data, steps=3).logit_scale.item() != tiny_model().logit_scale.item()
+    assert load_folder(tmp_path / "a/student").logit_scale.item() == before
+    assert run(tmp_path / "b", data, steps=2).logit_scale.item() != before
 
 
 def make_job(folder, **config):
-    """job.json of a tiny student in `folder`, with its data and cache."""
+    """job.json of a small student in `folder`, with its data and cache."""
     table = make_pairs(24, seed=1, size=64)
     for split in ("train", "val"):
         table.to_parquet(folder / f"{split}.parquet")
     torch.manual_seed(0)  # the teacher's weights
-    FeatureCache.build(
-        folder / "cache",
-        create_model("LongCLIP-T"),
-        "t",
-        table,
-        PairDataset(table, 64),
-        report=lambda line: None,
-    )
-    job = {
-        "folder": str(folder / "run"),
-        "data": str(folder),
-        "caches": [str(folder / "cache")],
-        "model": "JettCLIP-T",
-        "text_tower": "length_aware",
-        "image_size": 64,
-        "context_length": 77,
-        "crops": 0,
-        "config": {
-            "steps": 2,
-            "batch_size": 8,
-            "method": "crd",
-            "components": 4,
-            "eval_every": 1,
-            **config,
-        },
-    }
+    build = folder / "cache", create_model("LongCLIP-T"), "t", table, PairDataset(table, 64)
+    FeatureCache.build(*build, report=lambda line: None)
+    settings = {"steps": 2, "batch_size": 8, "method": "crd", "components": 4, "eval_every": 1}
+    job = {"folder": str(folder / "run"), "data": str(folder), "caches": [str(folder / "cache")]}
+    job |= {"model": "JettCLIP-T", "text_tower": "length_aware", "image_size": 64, "crops": 0}
+    job |= {"context_length": 248, "config": {**settings, **config}}
     write_json(folder / "job.json", job)
     return job
 
 
 def test_a_job_is_trained(tmp_path, capsys):
-    make_job(tmp_path)
+    """With a start on short captions at 77 tokens."""
+    job = make_job(tmp_path)
+    write_json(tmp_path / "job.json", {**job, "start": {"steps": 1, "stretch": "exact"}})
     start(tmp_path / "job.json")
-    assert "run step 2/2 loss" in capsys.readouterr().out
-    assert (
-        len(history(tmp_path / "run")) == 2
-        and load_folder(tmp_path / "run/student").name == "JettCLIP-T"
-    )
+    out = capsys.readouterr().out
+    assert "clip77 step 1/1 loss" in out and "run step 2/2 loss" in out and "long_t2i_r10" in out
+    assert len(history(tmp_path / "run")) == 2
+    assert load_folder(tmp_path / "run/student").context_length == 248
+    (tmp_path / "run/metrics.csv").touch()
+    assert finished(tmp_path, ["run", "cache"]) == ["run"]
 
 
 STARTED = "import sys; from jettclip.train import start; start(sys.argv[1], 2)"
@@ -334,58 +265,35 @@ while [ "$1" != "$PYTHON" ]; do shift; done
 """
 
 
-def test_two_processes_are_stopped_and_go_on_on_two_nodes(tmp_path, capsys, monkeypatch):
+def test_two_processes_are_killed_and_resume_on_two_nodes(tmp_path, capsys, monkeypatch):
     """As a requeued job does; srun is a stand-in, the rendezvous of two torchruns is not."""
     for name, value in {"PROCID": "0", "LOCALID": "0", "NTASKS": "1", "JOB_NUM_NODES": "1"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)  # torchrun's own variables win
-    for folder in ("whole", "parts"):
-        (tmp_path / folder).mkdir()
-        job = make_job(tmp_path / folder, steps=4, save_every=100)
+    for folder in (tmp_path / "whole", tmp_path / "parts"):
+        folder.mkdir()
+        make_job(folder, steps=6)
     start(tmp_path / "whole/job.json", 2)
-    assert "run step 4/4 loss" in capsys.readouterr().out
-    write_json(
-        tmp_path / "odd.json",
-        {**job, "folder": str(tmp_path / "odd"), "config": {**job["config"], "batch_size": 7}},
-    )
-    with pytest.raises(RuntimeError, match="batch_size 7 does not divide among 2 processes"):
-        start(tmp_path / "odd.json", 2)
+    assert "run step 6/6 loss" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="No such file or directory: '.*/missing'"):
+        torchrun("json.tool", str(tmp_path / "missing"), 2)
 
-    command, environment = (
-        [sys.executable, "-c", STARTED, tmp_path / "parts/job.json"],
-        {**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if "run step 1/4" in line:
-                process.send_signal(signal.SIGUSR1)
-    assert process.returncode == 1 and lines[-1].startswith(
-        "jettclip.distributed.Stopped: run stopped by SIGTERM at step"
-    ), "".join(lines)
+    command = [sys.executable, "-c", STARTED, tmp_path / "parts/job.json"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=ENVIRONMENT, **pipes) as process:
+        for line in process.stdout:  # until the workers have ended, too
+            if "run step 2/6" in line:  # step 1 is saved
+                process.kill()
     assert not (tmp_path / "parts/run/student").exists()
 
-    for name, script in {
-        "srun": SRUN,
-        "scontrol": "#!/bin/sh\n[ $3 = 'n[1-2]' ] && printf 'localhost\\nother\\n'",
-    }.items():
-        (tmp_path / name).write_text(script)
-        (tmp_path / name).chmod(0o755)
-    environment |= {
-        "PYTHON": sys.executable,
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "SLURM_JOB_ID": str(os.getpid()),
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_JOB_NODELIST": "n[1-2]",
-    }
-    went_on = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert went_on.returncode == 0 and "resumed run at step" in went_on.stdout, (
-        went_on.stdout + went_on.stderr
+    (tmp_path / "srun").write_text(SRUN)
+    (tmp_path / "srun").chmod(0o755)
+    cluster = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NUM_NODES": "2"}
+    cluster |= {"PYTHON": sys.executable, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    resumed = subprocess.run(
+        command, env={**ENVIRONMENT, **cluster}, capture_output=True, text=True
     )
-    assert weights(tmp_path / "parts/run") == weights(tmp_path / "whole/run")
-    assert history(tmp_path / "parts/run").equals(history(tmp_path / "whole/run"))
+    assert "resumed run at step" in resumed.stdout, resumed.stdout + resumed.stderr
+    assert same(tmp_path / "parts/run", tmp_path / "whole/run")
 
 
 # ---- refusals
@@ -394,78 +302,69 @@ def test_two_processes_are_stopped_and_go_on_on_two_nodes(tmp_path, capsys, monk
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"lr": 1e-4}, r"\(lr\)"),
-        ({"method": "fd"}, r"\(method\)"),
-        ({"steps": 9, "seed": 1}, r"\(steps, seed\)"),
-        ({"weights": (1, 0, 1, 0)}, r"\(weights\)"),
+        ({"lr": 1e-4}, "lr"),
+        ({"method": "fd", "steps": 9}, "steps, method"),
+        ({"weights": (1, 0, 1, 0)}, "weights"),
+        ({"model": "stretched"}, "model_config"),
     ],
 )
-def test_other_settings_in_the_same_folder(changes, named, finished, data):
-    with pytest.raises(ValueError, match="holds a run with other settings " + named):
-        run(finished, data, **changes)
+def test_other_settings_in_the_same_folder(changes, named, whole, data):
+    if "model" in changes:
+        changes = {"model": tiny_model(text_tower=changes["model"])}
+    with pytest.raises(ValueError, match=rf"holds a run with other settings \({named}\)"):
+        run(whole, data, **changes)
 
 
-def test_another_model_in_the_same_folder(finished, data):
-    with pytest.raises(ValueError, match=r"other settings \(model_config\)"):
-        run(finished, data, model=tiny_model(text_tower="stretched"))
-
-
-def test_distillation_needs_a_cache(data, tmp_path):
-    with pytest.raises(ValueError, match="method 'crd' distils: it needs a feature cache"):
-        run(tmp_path, (data[0], None), method="crd")
-    with pytest.raises(ValueError, match="20 training pairs do not fill one batch of 21"):
-        run(tmp_path, data, batch_size=21)
+@pytest.mark.parametrize(
+    "changes, error",
+    [
+        ({}, r"method 'crd\+fd' distils: it needs a feature cache"),
+        ({"method": "none", "batch_size": 21}, "20 training pairs do not fill a batch_size of 21"),
+        ({"method": "none", "batch_size": 9}, "batch_size 9 does not divide among 2 processes"),
+    ],
+)
+def test_what_cannot_be_trained(changes, error, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match=error):
+        run(tmp_path, (data[0], None), **changes)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    "setting, nearest",
+    "settings, error",
     [
-        ({"method": "crdd"}, "'crd'"),
-        ({"method_weights": {"icll": 1}}, "'icl'"),
-        ({"pairs": "bot"}, "'both'"),
+        ({"method": "crdd"}, "did you mean 'crd'"),
+        ({"method_weights": {"icll": 1}}, "did you mean 'icl'"),
+        ({"pairs": "bot"}, "did you mean 'both'"),
+        ({"method": "crd", "method_weights": {"fd": 2}}, "{'fd'}, the method 'crd' has not"),
     ],
 )
-def test_unknown_settings(setting, nearest):
-    with pytest.raises(ValueError, match=f"did you mean {nearest}"):
-        Config(steps=1, **setting)
+def test_unknown_settings(settings, error):
+    with pytest.raises(ValueError, match=error):
+        Config(steps=1, **settings)
 
 
-def test_weight_of_a_method_that_is_not_used():
-    with pytest.raises(
-        ValueError, match="method_weights has 'fd', which is no part of the method 'crd'"
-    ):
-        Config(steps=1, method="crd", method_weights={"fd": 2.0})
-
-
-def test_loss_that_is_not_a_number(data, tmp_path):
-    with pytest.raises(
-        FloatingPointError, match="loss is nan at step 2 of .*contrastive_long.*a lower lr"
-    ):
-        run(tmp_path, data, lr=float("inf"), warmup=0)
-    assert not (tmp_path / "last.ckpt").exists() and not (tmp_path / "student").exists()
-
-
-def test_rows_that_are_not_numbers_are_named(data, tmp_path, monkeypatch):
-    dataset, cache = data
-    rows = FeatureCache.rows
+@pytest.mark.parametrize("cause", ["learning rate", "teacher"])
+def test_a_loss_that_is_not_a_number(cause, data, tmp_path, monkeypatch):
+    (dataset, _), rows, settings = data, FeatureCache.rows, {}
 
     def with_nan(self, index, k):
         features = rows(self, index, k)
         features[1][np.asarray(index) == 3] = float("nan")
         return features
 
-    monkeypatch.setattr(FeatureCache, "rows", with_nan)
-    with pytest.raises(
-        FloatingPointError,
-        match=f"features are not finite of the rows {dataset.keys[3]}; weights are in .*not-finite.ckpt",
-    ):
-        run(tmp_path, data)
+    if cause == "teacher":
+        monkeypatch.setattr(FeatureCache, "rows", with_nan)
+        error = f"not finite: {dataset.keys[3]}; weights are in .*not-finite.ckpt; try a lower lr"
+    else:
+        settings = {"lr": float("inf"), "warmup": 0}
+        error = "loss is nan at step 2 of .*contrastive_long.*"
+    with pytest.raises(FloatingPointError, match=error):
+        run(tmp_path, data, **settings)
     saved = torch.load(tmp_path / "not-finite.ckpt", weights_only=True)
-    assert (
-        saved["keys"] == [dataset.keys[3]]
-        and saved["model"].keys() == tiny_model().state_dict().keys()
-    )
+    assert saved["model"].keys() == tiny_model().state_dict().keys()
+    assert cause != "teacher" or saved["keys"] == [dataset.keys[3]]
+    assert not (tmp_path / "student").exists()
 
 
 # ---- one step
@@ -475,9 +374,8 @@ def test_learning_rate_by_hand():
     config = Config(steps=12, warmup=4, lr=1.0)
     rates = [learning_rate(step, config) for step in range(13)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert rates[8] == pytest.approx(0.5) and rates[12] == pytest.approx(0)
     assert rates[6] == pytest.approx(0.5 + 0.5**1.5)
-    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[8] == pytest.approx(0.5) and rates[12] == pytest.approx(0)
     assert learning_rate(0, Config(steps=1, warmup=0, lr=0.3)) == 0.3
 
 
@@ -498,32 +396,23 @@ def test_weight_decay_shrinks_matrices_and_kernels_only(name, tower):
 def test_frozen_positions(tower, data, tmp_path):
     model = tiny_model(text_tower=tower)
     before = model.text.positional_embedding.detach().clone()
-    model = run(tmp_path, data, model=model, steps=2, frozen_positions=20)
-    after = model.text.positional_embedding
+    after = run(tmp_path, data, model=model, steps=2, frozen_positions=20).text.positional_embedding
     assert torch.equal(after[:20], before[:20])
     assert (after[20:60] != before[20:60]).any(dim=1).all()
 
 
 def test_a_student_learns(data, tmp_path):
     """It comes close to its teacher's features where it is asked for nothing else."""
-    run(
-        tmp_path,
-        data,
-        method="fd",
-        pairs="long",
-        weights=(0, 0, 1, 0),
-        steps=25,
-        eval_every=5,
-        lr=5e-3,
-    )
+    alone = {"method": "fd", "pairs": "long", "weights": (0, 0, 1, 0)}
+    run(tmp_path, data, **alone, steps=25, eval_every=5, lr=5e-3)
     losses = history(tmp_path).distill_long
     assert losses.iloc[-1] < 0.6 * losses.iloc[0]
 
 
-def test_history(finished):
-    table = pd.read_csv(finished / "history.csv")
+def test_history(whole):
+    table = pd.read_csv(whole / "history.csv")
     terms = ["contrastive_long", "contrastive_short", "distill_long", "distill_short"]
     assert list(table.columns) == ["step", "seconds", "loss", *terms, "scale"]
     assert np.allclose(table[terms].sum(axis=1), table.loss) and (table.scale <= 100).all()
-    files = ["config.json", "history.csv", "last.ckpt", "previous.ckpt", "student"]
-    assert sorted(path.name for path in finished.iterdir()) == files
+    files = [".lock0", "config.json", "history.csv", "last.ckpt", "previous.ckpt", "student"]
+    assert sorted(path.name for path in whole.iterdir()) == files

@@ -1,0 +1,111 @@
+"""A run folder: its lock, its checkpoints and its history."""
+
+import os
+import pickle
+import shutil
+import time
+from dataclasses import asdict
+
+import pandas as pd
+import torch
+from filelock import FileLock, Timeout
+
+from .distributed import is_first, rank
+from .utils import write_json, write_then_rename
+
+LOCK_SECONDS, SAVE_SECONDS = 10, 60  # longest wait for a folder, and between checkpoints
+
+
+def lock(folder):
+    """Hold a run folder; each process of a group holds the lock of its rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(folder / f".lock{rank()}").acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise RuntimeError(f"another process trains in {folder}: wait, or stop it") from None
+
+
+def save_checkpoint(folder, state):
+    """Write last.ckpt; the one before stays as previous.ckpt, in case the disk damages this one."""
+    last, new = folder / "last.ckpt", folder / "new.ckpt"
+    torch.save(state, new)
+    if last.exists():
+        os.replace(last, folder / "previous.ckpt")
+    os.replace(new, last)
+
+
+def load_checkpoint(folder, report=print):
+    """The newest whole checkpoint of a run folder, or None."""
+    files = folder / "last.ckpt", folder / "previous.ckpt"
+    for path in filter(os.path.exists, files):
+        try:
+            return torch.load(path, weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            report(f"{path} is damaged and not used: {str(error).splitlines()[0][:100]}")
+
+
+class Run:
+    """What a checkpoint holds: step, history, and the states of model, optimizer and heads."""
+
+    def __init__(self, folder, config, model, heads, optimizer, report):
+        self.folder, self.config, self.model, self.report = folder, config, model, report
+        self.settings = {**asdict(config), "weights": list(config.weights)}
+        self.settings |= {"model": model.name, "model_config": model.config}
+        self.modules = {"model": model, "optimizer": optimizer, "heads": heads}
+        self.step, self.history = 0, []
+        self.start = self.saved = time.monotonic()
+
+    def resume(self):
+        """Load the folder's checkpoint, or clear the folder for a new start."""
+        if saved := load_checkpoint(self.folder, self.report):
+            if differs := [k for k, v in self.settings.items() if saved["settings"].get(k, k) != v]:
+                error = f"{self.folder} holds a run with other settings ({', '.join(differs)}): "
+                raise ValueError(error + "delete it or name another folder")
+            for name, module in self.modules.items():
+                module.load_state_dict(saved[name])
+            torch.set_rng_state(saved["rng"])
+            self.step, self.history = saved["step"], saved["history"]
+            self.start -= saved["seconds"]
+            self.report(f"resumed {self.folder.name} at step {self.step} of {self.config.steps}")
+        elif is_first():
+            shutil.rmtree(self.folder / "student", ignore_errors=True)
+            write_json(self.folder / "config.json", self.settings)
+
+    def state(self):
+        state = {"settings": self.settings, "step": self.step, "history": self.history}
+        state |= {name: module.state_dict() for name, module in self.modules.items()}
+        return {**state, "rng": torch.get_rng_state(), "seconds": time.monotonic() - self.start}
+
+    def save(self):
+        """Write last.ckpt and history.csv."""
+        save_checkpoint(self.folder, self.state())
+        table, self.saved = pd.DataFrame(self.history), time.monotonic()
+        write_then_rename(self.folder / "history.csv", lambda path: table.to_csv(path, index=False))
+
+    def minute_passed(self):
+        """Whether the last checkpoint is a minute old."""
+        return time.monotonic() - self.saved > SAVE_SECONDS
+
+    def log(self, loss, terms, validate):
+        """Add a row to the history, and report it."""
+        step, steps, seconds = self.step, self.config.steps, time.monotonic() - self.start
+        row = {"loss": loss.item(), **{name: term.item() for name, term in terms.items()}}
+        row["scale"] = self.model.logit_scale.exp().item()
+        if validate:
+            row |= {name: float(value) for name, value in validate(self.model.eval()).items()}
+        self.history.append({"step": step, "seconds": round(seconds, 1), **row})
+        numbers = " ".join(f"{name} {value:.3f}" for name, value in row.items())
+        times = f"{seconds:.0f} s, about {seconds / step * (steps - step):.0f} s left"
+        self.report(f"{self.folder.name} step {step}/{steps} {numbers} | {times}")
+
+    def not_finite(self, terms, features, keys):
+        """Save what is needed to look into a loss that is no number -> the error."""
+        bad = ~torch.stack([f.isfinite().all(dim=1) for f in features]).all(dim=0)  # (B,)
+        keys = [str(key) for key, is_bad in zip(keys, bad.tolist(), strict=True) if is_bad]
+        file, state = self.folder / "not-finite.ckpt", {**self.state(), "keys": keys}
+        write_then_rename(file, lambda path: torch.save(state, path))
+        losses, rows = {k: t.item() for k, t in terms.items()}, ", ".join(keys[:5]) or "none"
+        return FloatingPointError(
+            f"loss is {sum(losses.values())} at step {self.step} of {self.folder}: {losses}; rows "
+            f"of features that are not finite: {rows}; weights are in {file}; try a lower lr"
+        )
