@@ -158,26 +158,27 @@ class PairDataset(Dataset):
         self.image_size, self.context_length = image_size, context_length
         self.preprocess, self._tokenize = preprocess, tokenizer(context_length)
         self.crops = draw_crops(len(table), 1, seed=0) if crops is None else crops
-        self.keys, self.images = list(table.key), pa.array(table.image)
-        orders = [(table.long, table.short)]
-        if draws:
-            count = len(table.longs.iloc[0])
-            orders = [(table.longs.str[i], table.shorts.str[i]) for i in range(count)]
-        self.captions = [(pa.array(long), pa.array(short)) for long, short in orders]
+        self.keys, self.draws = list(table.key), len(table.longs.iloc[0]) if draws else 1
+        columns = ["image", *(["longs", "shorts"] if draws else ["long", "short"])]
+        arrow = pa.Table.from_pandas(table[columns], preserve_index=False).combine_chunks()
+        self.images, *self.captions = arrow.columns
         size = len(table) * read_image(table.image.iloc[0]).numel() if len(table) else 0
         self.in_memory, self._tokens = size <= IN_MEMORY, None
         if self.in_memory:
             self.images = [read_image(image) for image in table.image]
-            tokens = [self.tokens(range(len(table)), k) for k in range(len(self.captions))]
+            tokens = [self.tokens(range(len(table)), k) for k in range(self.draws)]
             self._tokens = [(long.int(), short.int()) for long, short in tokens]
 
     def tokens(self, rows, k=0):
         """Long and short tokens (B, L) of `rows` (B,), in the caption order of crop `k`."""
-        draw, rows = k % len(self.captions), torch.as_tensor(rows, dtype=torch.long)
+        draw, rows = k % self.draws, torch.as_tensor(rows, dtype=torch.long)
         if self._tokens:
             return tuple(tokens[rows].long() for tokens in self._tokens[draw])
-        columns = self.captions[draw]
-        return tuple(self._tokenize(column.take(rows.numpy()).to_pylist()) for column in columns)
+        captions = (column.take(rows.numpy()).to_pylist() for column in self.captions)
+        return tuple(
+            self._tokenize([text[draw] if isinstance(text, list) else text for text in texts])
+            for texts in captions
+        )
 
     long = property(lambda self: self.tokens(range(len(self)))[0])  # (N, L), in their first order
     short = property(lambda self: self.tokens(range(len(self)))[1])
@@ -211,7 +212,7 @@ class PairDataset(Dataset):
         rows, ks = np.asarray(batch).T
         pixels = torch.stack([self.pixels(row, k) for row, k in np.asarray(batch).tolist()])
         long, short = torch.empty(2, len(rows), self.context_length, dtype=torch.long)
-        draws = ks % len(self.captions)
+        draws = ks % self.draws
         for draw in np.unique(draws):
             long[draws == draw], short[draws == draw] = self.tokens(rows[draws == draw], draw)
         return torch.as_tensor(rows), torch.as_tensor(ks), pixels, long, short
