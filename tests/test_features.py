@@ -1,11 +1,11 @@
-"""Cached features are the teacher's own, a cache is never taken for another, and a killed build goes on."""
+"""Cached features are the teacher's, no cache is taken for another, and a killed build resumes."""
 
 import os
+import resource
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
+import socket
+import traceback
 
 import numpy as np
 import pytest
@@ -13,60 +13,54 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_model
 
-from jettclip.checkpoints import file_hash, save_folder, write_json
+from jettclip.checkpoints import file_hash, save_folder
 from jettclip.data import PairDataset, draw_crops
-from jettclip.features import FeatureCache, fingerprint, start
 from jettclip.datasets.scenes import make_pairs
+from jettclip.distributed import in_processes
+from jettclip.features import FeatureCache, fingerprint, start
+from jettclip.utils import write_json
 
-ROOT = Path(__file__).resolve().parents[1]
 FILES = ("image.npy", "long.npy", "short.npy", "crops.npy", "manifest.json")
 
 
 class StubTeacher:
-    """Linear maps of pixels and of tokens; `calls` counts image batches, `before_image(calls)` comes first."""
+    """Linear maps of pixels and tokens. It counts its image batches; `stop(count)` comes first."""
 
-    def __init__(self, before_image=None):
+    def __init__(self, stop=lambda count: None):
         generator = torch.Generator().manual_seed(0)
         self.config, self.logit_scale = {"embed_dim": 8}, torch.zeros(())
         self.image_map = torch.randn(3 * 16 * 16, 8, generator=generator)
         self.text_map = torch.randn(49408, 8, generator=generator)
-        self.calls, self.before_image = 0, before_image
+        self.calls, self.stop = 0, stop
 
     def eval(self):
         return self
 
     def encode_image(self, images, normalize):
         self.calls += 1
-        if self.before_image:
-            self.before_image(self.calls)
+        self.stop(self.calls)
         return F.normalize(images.flatten(1) @ self.image_map, dim=1)
 
     def encode_text(self, tokens, normalize):
         return F.normalize(self.text_map[tokens].sum(dim=1), dim=1)
 
 
-def make_data():
+@pytest.fixture(scope="module")
+def data():
     """23 pairs with two crops each."""
     table = make_pairs(23, seed=7, size=32)
     crops = draw_crops(23, 2, seed=0, smallest=0.4, flip=True)
     return table, PairDataset(table, 16, crops=crops)
 
 
-def build(folder, data, teacher=None, teacher_hash="t", **arguments):
-    table, dataset = data
-    return FeatureCache.build(
-        folder,
-        teacher or StubTeacher(),
-        teacher_hash,
-        table,
-        dataset,
-        **{"batch_size": 1, "report": lambda line: None, **arguments},
-    )
+def build(folder, data, teacher=None, teacher_hash="t", batch_size=1, report=print):
+    teacher = teacher or StubTeacher()
+    return FeatureCache.build(folder, teacher, teacher_hash, *data, batch_size, report)
 
 
-@pytest.fixture(scope="module")
-def data():
-    return make_data()
+def contents(folder):
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    return {name: (folder / name).read_bytes() for name in FILES}
 
 
 @pytest.fixture(scope="module")
@@ -78,55 +72,35 @@ def finished(data, tmp_path_factory):
 
 
 def test_rows_are_the_teachers_features(table, tmp_path):
-    teacher = tiny_model().eval()
-    crops = draw_crops(len(table), 3, seed=0, smallest=0.4, flip=True)
+    teacher, crops = tiny_model().eval(), draw_crops(len(table), 3, seed=0, smallest=0.4, flip=True)
     dataset = PairDataset(table, 32, crops=crops)
-    lines = []
-    FeatureCache.build(tmp_path, teacher, "t", table, dataset, batch_size=7, report=lines.append)
-    assert lines == ["teacher features: batch 16 of 16"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
-
+    build(tmp_path, (table, dataset), teacher, batch_size=7)
     cache = FeatureCache.open(tmp_path, teacher="t", data=fingerprint(table), rows=24)
     assert cache.image.shape == (24, 3, 16) and cache.image.dtype == np.float16
     assert np.array_equal(cache.crops, crops)
     rows, ks = torch.tensor([5, 23, 0, 5]), torch.tensor([1, 0, 2, 2])
-    images = torch.stack([dataset[row, k][2] for row, k in zip(rows.tolist(), ks.tolist())])
+    images = torch.stack([dataset[int(row), int(k)][2] for row, k in torch.stack([rows, ks], 1)])
     with torch.inference_mode():
-        direct = (
-            teacher.encode_image(images, True),
-            teacher.encode_text(dataset.long[rows], True),
-            teacher.encode_text(dataset.short[rows], True),
-        )
-    for stored, own in zip(cache.rows(rows, ks), direct):
-        assert stored.dtype == torch.float32 and torch.allclose(stored, own, atol=1e-3)
+        texts = [teacher.encode_text(side[rows], True) for side in (dataset.long, dataset.short)]
+        direct = [teacher.encode_image(images, True), *texts]
+    for stored, features in zip(cache.rows(rows, ks), direct, strict=True):
+        assert stored.dtype == torch.float32 and torch.allclose(stored, features, atol=1e-3)
         assert torch.allclose(stored.norm(dim=1), torch.ones(4), atol=1e-3)
 
 
-def test_a_finished_cache_is_opened(finished, data):
-    teacher = StubTeacher()
-    cache = build(finished, data, teacher)
-    assert teacher.calls == 0 and cache.manifest["rows"] == 23
-
-
-def test_another_teacher_or_data_is_refused(finished, data):
-    table, dataset = data
-    shuffled = table.iloc[::-1].reset_index(drop=True)
-    shifted = PairDataset(table, 16, crops=dataset.crops + np.array([0, 0, 0, 1], np.float32))
-    recaptioned = table.assign(long=table.long + " More.")
-    fewer = table.head(9), PairDataset(table.head(9), 16)
-    for refused, problem in (
-        (lambda: build(finished, data, teacher_hash="u"), r"teacher \(cached 't', asked 'u'\)"),
-        (lambda: build(finished, (shuffled, dataset)), "another data"),
-        (lambda: build(finished, (recaptioned, dataset)), "another data"),
-        (lambda: build(finished, (table, shifted)), "another crops"),
-        (lambda: build(finished, fewer), r"rows \(cached 23, asked 9\)"),
-        (lambda: FeatureCache.open(finished, rows=22), r"asked 22\): delete the folder"),
-    ):
-        with pytest.raises(ValueError, match=problem):
-            refused()
-
-
-def test_no_cache(tmp_path):
+def test_a_finished_cache_is_opened_or_refused(finished, data, tmp_path):
+    teacher, (table, dataset) = StubTeacher(), data
+    assert build(finished, data, teacher).manifest["rows"] == 23 and teacher.calls == 0
+    for other, problem in [
+        ((table[::-1], dataset), "another data"),
+        ((table.assign(long=table.long + " More."), dataset), "another data"),
+        ((table, PairDataset(table, 16, crops=1 - dataset.crops)), "another crops"),
+        ((table[:9], PairDataset(table[:9], 16)), "another rows .cached 23, asked 9"),
+    ]:
+        with pytest.raises(ValueError, match=f"{problem}.*: delete the folder"):
+            build(finished, other)
+    with pytest.raises(ValueError, match=r"another teacher \(cached 't', asked 'u'\)"):
+        build(finished, data, teacher_hash="u")
     with pytest.raises(FileNotFoundError, match="no finished feature cache: run notebook 01"):
         FeatureCache.open(tmp_path)
 
@@ -136,179 +110,113 @@ def test_broken_features_are_refused(value, data, tmp_path):
     teacher = StubTeacher()
     teacher.text_map[:] = value
     for _ in range(2):
-        with pytest.raises(
-            ValueError,
-            match=f"1 rows of the teacher's long features are not finite .*of {data[0].key[0][:6]}",
-        ):
+        with pytest.raises(ValueError, match=r"long features of scenes-7-\d+ are not finite unit"):
             build(tmp_path, data, teacher)
         assert not (tmp_path / "manifest.json").exists()
 
 
-def contents(folder):
-    return {name: (folder / name).read_bytes() for name in FILES}
-
-
 @pytest.mark.parametrize("name", ["image", "long", "crops"])
 def test_damaged_files_are_refused(name, finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "cache")
-    cache, file = FeatureCache.open(tmp_path / "cache"), tmp_path / f"cache/{name}.npy"
-    cache.verify()
+    folder = shutil.copytree(finished, tmp_path / "cache")
+    file = folder / f"{name}.npy"
+    FeatureCache.open(folder).verify()
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(
-        ValueError, match=f"the files {name} of .* are not what was written: delete the folder"
-    ):
-        FeatureCache.open(tmp_path / "cache").verify()
-    file.write_bytes(whole[:-1])
-    with pytest.raises(
-        ValueError, match=f"{name}.npy of a finished feature cache is missing or cut short"
-    ):
-        FeatureCache.open(tmp_path / "cache")
-    file.unlink()
-    with pytest.raises(
-        ValueError, match=f"{name}.npy of a finished feature cache is missing or cut short"
-    ):
-        FeatureCache.open(tmp_path / "cache")
+    with pytest.raises(ValueError, match=f"the files {name} of .* are not what was written: "):
+        FeatureCache.open(folder).verify()
+    for damage in (lambda: file.write_bytes(whole[:-1]), file.unlink):
+        damage()
+        with pytest.raises(ValueError, match=f"{name}.npy is missing or cut short: delete the"):
+            FeatureCache.open(folder)
 
 
-FULL = """
-import resource, sys
-from test_features import build, make_data
+def fork(function, **environment):
+    """Run function() in a copy of this process -> the copy's process id."""
+    if pid := os.fork():
+        return pid
+    try:
+        os.environ.update(environment)
+        function()
+        os._exit(0)
+    finally:
+        traceback.print_exc()
+        os._exit(1)
 
-resource.setrlimit(resource.RLIMIT_FSIZE, (700, resource.RLIM_INFINITY))  # every file stops at 700 bytes, as on a full disk
-try:
-    build(sys.argv[1], make_data())
-except OSError as error:
-    print(error)
-"""
+
+def exit_code(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def run_python(code, *arguments):
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-    )
+def interrupt(folder, data):
+    """Start a build that is killed in its 31st image batch, after 20 are done."""
+
+    def stop(count):
+        if count == 31:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert exit_code(fork(lambda: build(folder, data, StubTeacher(stop)))) == -signal.SIGKILL
+    assert not (folder / "manifest.json").exists()
+
+
+# Image batches 21 to 46 are missing; without one of its files the list of done batches is not used.
+@pytest.mark.parametrize("lost, calls", [("nothing", 26), ("long.npy", 46), ("done.npy", 46)])
+def test_a_killed_build_resumes(lost, calls, finished, data, tmp_path):
+    interrupt(tmp_path, data)
+    (tmp_path / lost).unlink(missing_ok=True)
+    teacher = StubTeacher()
+    build(tmp_path, data, teacher)
+    assert teacher.calls == calls and contents(tmp_path) == contents(finished)
+
+
+def test_processes_share_the_work(finished, data, tmp_path):
+    interrupt(tmp_path, data)  # one process begins, two resume
+
+    def run(job, report=print):
+        teacher = StubTeacher()
+        build(tmp_path, data, teacher, report=report)
+        assert teacher.calls == 13
+
+    with socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    pids = [fork(lambda: in_processes(run, None), RANK=rank, **group) for rank in "01"]
+    assert [exit_code(pid) for pid in pids] == [0, 0]
+    assert contents(tmp_path) == contents(finished)
 
 
 def test_full_disk(finished, data, tmp_path):
-    said = run_python(FULL, tmp_path).stdout
-    assert (
-        f"no room for 0.000 GB of teacher features in {tmp_path}" in said
-        and "free some, or store fewer augmentations" in said
-    )
+    """Every file stops at 700 bytes, as on a full disk."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700, limit[1]))
+    try:
+        with pytest.raises(OSError, match=f"no room for 0.000 GB of .* in {tmp_path}.*; free some"):
+            build(tmp_path, data)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert list(tmp_path.iterdir()) == []
     build(tmp_path, data)
     assert contents(tmp_path) == contents(finished)
 
 
-KILLED = """
-import os, signal, sys
-from test_features import StubTeacher, build, make_data
-
-def kill(call):
-    if call == 27:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-build(sys.argv[1], make_data(), StubTeacher(kill))
-"""
-
-
-def test_killed_build_goes_on(finished, data, tmp_path):
-    killed = run_python(KILLED, tmp_path)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not (tmp_path / "manifest.json").exists()
-    with pytest.raises(FileNotFoundError, match="no finished feature cache"):
-        FeatureCache.open(tmp_path)
-
-    teacher, lines = StubTeacher(), []
-    build(tmp_path, data, teacher, report=lines.append)
-    assert teacher.calls == 26  # image batches 21 to 46
-    assert lines == ["teacher features: batch 69 of 69"]
-    assert contents(tmp_path) == contents(finished)
-
-
-PROCESSES = """
-import sys
-from pathlib import Path
-from jettclip.distributed import in_processes
-from test_features import StubTeacher, build, make_data
-
-in_processes(lambda folder, report: build(folder, make_data(), StubTeacher(), report=report), Path(sys.argv[1]))
-"""
-
-
-def test_processes_share_the_work(finished, data, tmp_path):
-    interrupt(tmp_path / "cache", data)  # by one process, and goes on in two
-    (tmp_path / "job.py").write_text(PROCESSES)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            tmp_path / "job.py",
-            tmp_path / "cache",
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("teacher features: batch")
-    assert contents(tmp_path / "cache") == contents(finished)
-
-
-def interrupt(folder, data, **arguments):
-    """Start a build that stops in its 31st image batch, after 20 are done."""
-
-    def stop(call):
-        if call == 31:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build(folder, data, StubTeacher(stop), **arguments)
-
-
-@pytest.mark.parametrize("changes", [{"batch_size": 2}, {"teacher_hash": "u"}])
-def test_interrupted_build_of_something_else_starts_anew(changes, finished, data, tmp_path):
-    """Finished batches of another size or teacher are not the ones that are needed."""
+@pytest.mark.parametrize("change, calls", [({"batch_size": 2}, 24), ({"teacher_hash": "u"}, 46)])
+def test_a_killed_build_of_something_else_is_redone(change, calls, finished, data, tmp_path):
+    """Done batches of another size or teacher are not those that are needed."""
     interrupt(tmp_path, data)
     teacher = StubTeacher()
-    build(tmp_path, data, teacher, **changes)
-    assert teacher.calls == (24 if "batch_size" in changes else 46)
-    for name in ("image", "long", "short"):
-        one, other = np.load(tmp_path / f"{name}.npy"), np.load(finished / f"{name}.npy")
-        assert np.allclose(one, other, atol=1e-3)
+    build(tmp_path, data, teacher, **change)
+    assert teacher.calls == calls
+    for name in FILES[:3]:
+        assert np.allclose(np.load(tmp_path / name), np.load(finished / name), atol=1e-3)
 
 
-def test_progress_without_its_files_is_not_trusted(finished, data, tmp_path):
-    interrupt(tmp_path, data)
-    (tmp_path / "long.npy").unlink()
-    build(tmp_path, data)
-    assert contents(tmp_path) == contents(finished)
-
-
-def test_a_job_from_files(table, finished, tmp_path):
-    table.to_parquet(tmp_path / "train.parquet")
-    save_folder(tiny_model().eval(), tmp_path / "student")
-    job = {
-        "folder": str(tmp_path / "cache"),
-        "data": str(tmp_path / "train.parquet"),
-        "teacher": str(tmp_path / "student"),
-        "augmentations": 2,
-        "smallest_crop": 0.5,
-        "flip": True,
-        "seed": 3,
-        "batch_size": 8,
-    }
-    write_json(tmp_path / "job.json", job)
+def test_a_job_from_files(table, tmp_path):
+    files = {name: str(tmp_path / name) for name in ("folder", "data", "teacher")}
+    table.to_parquet(files["data"])
+    save_folder(tiny_model().eval(), files["teacher"])
+    crops = {"augmentations": 2, "smallest_crop": 0.5, "flip": True, "seed": 3}
+    write_json(tmp_path / "job.json", {**files, **crops, "batch_size": 8})
     cache = start(tmp_path / "job.json")
     assert cache.image.shape == (24, 2, 16) and len(np.unique(cache.crops[..., 0])) == 48
-    assert (
-        FeatureCache.open(tmp_path / "cache", teacher=file_hash(tmp_path / "student")).manifest
-        == cache.manifest
-    )
+    assert np.array_equal(cache.crops, draw_crops(24, 2, seed=3, smallest=0.5, flip=True))
+    opened = FeatureCache.open(files["folder"], teacher=file_hash(files["teacher"]))
+    assert opened.manifest == cache.manifest

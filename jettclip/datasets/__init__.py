@@ -1,1 +1,1 @@
-"""Where pairs come from: `scenes` (drawn on the spot), `collage` (made of photographs), `published` (data sets)."""
+"""Where pairs come from: `scenes` (drawn), `collage` (of photographs), `published` (data sets)."""
