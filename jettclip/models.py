@@ -1,28 +1,26 @@
 """Names -> models with `encode_image`, `encode_text` and a logit scale, as open_clip's have.
 
     model, preprocess_train, preprocess_val = jettclip.create_model_and_transforms("JettCLIP-T")
-    tokenizer = jettclip.get_tokenizer("JettCLIP-T")
-    features = model.encode_text(tokenizer(["a long description ..."]), normalize=True)
+    texts = jettclip.get_tokenizer("JettCLIP-T")(["a long description ..."])
+    features = model.encode_text(texts, normalize=True)  # (1, 128)
 
-A configuration is open_clip's `model_cfg` with `text_tower` and `preprocess`, and in `text_cfg` the
-flags `hybrid` and `mask_padding` of our text towers.
+A configuration is open_clip's `model_cfg` with `text_tower` and `preprocess`; its `text_cfg` has
+the flags `hybrid` and `mask_padding` of our text towers.
 """
 
 import copy
 import math
-from pathlib import Path
+from functools import partial
 
 import open_clip
 import timm
 import torch
 import torch.nn.functional as F
-from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transformer import QuickGELU, VisionTransformer
-from safetensors.torch import load_file
-from timm.layers import BatchNormAct2d, ConvNormAct
-from timm.models import register_model
-from timm.models.fastvit import AttentionBlock, LayerScale2d, RepMixerBlock, fastvit_mci0
-from timm.models.vision_transformer_hybrid import vit_base_mci_224
+from timm.layers import BatchNormAct2d, ConvNormAct, LayerNorm
+from timm.models import fastvit_mci0, register_model, vit_base_mci_224
+from timm.models.fastvit import LayerScale2d
 from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -38,12 +36,12 @@ PIXELS_AT_ONCE = 4 * 256**2  # of a CPU in evaluation: the activations of more d
 # MobileCLIP scales pixels to [0, 1] and does no more.
 PLAIN = {"mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bilinear"}
 OPENAI = {"mean": [*OPENAI_DATASET_MEAN], "std": [*OPENAI_DATASET_STD], "interpolation": "bicubic"}
-MOBILECLIP2 = {**OPENAI, "interpolation": "bilinear"}  # of the larger ones
-
+MOBILECLIP2 = OPENAI | {"interpolation": "bilinear"}  # of the larger ones
 LONG = {"context_length": CONTEXT}
-MASKED = {"context_length": CONTEXT, "mask_padding": True}
+MASKED = LONG | {"mask_padding": True}
 HYBRID = {"hybrid": True, "layers": 4, "no_causal_mask": None}
-LONGCLIP_B = {"width": 512, "heads": 8, "layers": 12}
+# Layer scales of timm's FastViT, and the layers before them.
+SCALED = {"layer_scale": "mlp.fc2", "layer_scale_1": "token_mixer.proj", "layer_scale_2": "mlp.fc2"}
 
 
 def _tiny(embed_dims, width, heads):
@@ -56,32 +54,28 @@ def _tiny(embed_dims, width, heads):
     return {**config, "text_tower": "length_aware", "preprocess": PLAIN}
 
 
-def _open_clip(name, tower, preprocess=PLAIN, text=()):
-    """open_clip's configuration `name`; `text` replaces entries of its text_cfg, None removes one."""
+def _open_clip(name, tower, preprocess=PLAIN, text=None):
+    """open_clip's configuration `name` with `text` put into its text_cfg; None removes a key."""
     config = open_clip.get_model_config(name)
-    text = {**config["text_cfg"], **dict(text)}
+    text = config["text_cfg"] | (text or {})
     config["text_cfg"] = {key: value for key, value in text.items() if value is not None}
     return {**config, "text_tower": tower, "preprocess": preprocess}
 
 
 MODELS = {
     "JettCLIP-T": _tiny([24, 48, 96, 192], 96, 3),
-    "JettCLIP-S0": _open_clip("MobileCLIP2-S0", "length_aware", PLAIN, {**HYBRID, **MASKED}),
+    "JettCLIP-S0": _open_clip("MobileCLIP2-S0", "length_aware", PLAIN, HYBRID | MASKED),
     "JettCLIP-S1": _open_clip("MobileCLIP-S1", "length_aware", PLAIN, MASKED),
     "JettCLIP-S2": _open_clip("MobileCLIP-S2", "length_aware", PLAIN, MASKED),
-    "JettCLIP-B": _open_clip("MobileCLIP-B", "length_aware", PLAIN, LONG),  # causal, needs no mask
+    "JettCLIP-B": _open_clip("MobileCLIP-B", "length_aware", PLAIN, LONG),  # causal: needs no mask
     "LongCLIP-T": _tiny([32, 64, 128, 256], 128, 4),
     "LongCLIP-B": _open_clip("ViT-B-16-quickgelu", "longclip", OPENAI, LONG),
     "LongCLIP-L": _open_clip("ViT-L-14-quickgelu", "longclip", OPENAI, LONG),
     "MobileCLIP-S0": _open_clip("MobileCLIP2-S0", "stretched", PLAIN, HYBRID),
-    "MobileCLIP-S1": _open_clip("MobileCLIP-S1", "stretched"),
-    "MobileCLIP-S2": _open_clip("MobileCLIP-S2", "stretched"),
-    "MobileCLIP-B": _open_clip("MobileCLIP-B", "stretched"),
-    "MobileCLIP2-S0": _open_clip("MobileCLIP2-S0", "stretched"),
-    "MobileCLIP2-S2": _open_clip("MobileCLIP2-S2", "stretched"),
+    **{f"MobileCLIP-{x}": _open_clip(f"MobileCLIP-{x}", "stretched") for x in ("S1", "S2", "B")},
+    **{f"MobileCLIP2-{x}": _open_clip(f"MobileCLIP2-{x}", "stretched") for x in ("S0", "S2", "B")},
     "MobileCLIP2-S3": _open_clip("MobileCLIP2-S3", "stretched", MOBILECLIP2),
     "MobileCLIP2-S4": _open_clip("MobileCLIP2-S4", "stretched", MOBILECLIP2),
-    "MobileCLIP2-B": _open_clip("MobileCLIP2-B", "stretched"),
     "MobileCLIP2-L-14": _open_clip("MobileCLIP2-L-14", "stretched", OPENAI),
 }
 
@@ -91,28 +85,23 @@ def list_models():
     return sorted([*MODELS, "LongCLIP"])
 
 
-def model_config(name, text_tower=None, **overrides):
-    """The configuration of model `name` (a nested dictionary), with single sizes overridden.
-
-    Overrides are named as in open_clip's files: embed_dim, image_size, context_length, ...; with
-    `vision_` or `text_` where both towers have the size: text_width.
-    """
+def model_config(name, text_tower=None, **sizes):
+    """The configuration of model `name` (a nested dictionary) with other `sizes`: embed_dim,
+    image_size, context_length, or open_clip's names with the tower: text_width, vision_layers."""
     if name not in MODELS:
         raise ValueError(nearest(name, list_models(), "model"))
     config = copy.deepcopy(MODELS[name])
     if text_tower is not None:
         _set_text_tower(name, config, text_tower)
-    sizes = {"embed_dim": (config, "embed_dim")}  # override -> where its value stands
-    for tower in ("vision", "text"):
-        table = config[f"{tower}_cfg"]
-        sizes |= {f"{tower}_{key}": (table, key) for key in table if not key.startswith("timm_")}
-    sizes["image_size"] = sizes["vision_image_size"]
-    sizes["context_length"] = sizes["text_context_length"]
-    for key, value in overrides.items():
-        if key not in sizes:
-            raise ValueError(nearest(key, sizes, f"override of {name}"))
-        table, size = sizes[key]
-        table[size] = value
+    towers = {"vision": config["vision_cfg"], "text": config["text_cfg"]}
+    places = {f"{tower}_{key}": (table, key) for tower, table in towers.items() for key in table}
+    places["embed_dim"], places["image_size"] = (config, "embed_dim"), places["vision_image_size"]
+    places["context_length"] = places["text_context_length"]
+    for size, value in sizes.items():
+        if size not in places:
+            raise ValueError(nearest(size, places, f"size of {name}"))
+        table, key = places[size]
+        table[key] = value
     return config
 
 
@@ -125,7 +114,7 @@ def _set_text_tower(name, config, tower):
     config["text_tower"] = tower
     if tower == "longclip":
         config["quick_gelu"] = True
-        text |= {} if name == "JettCLIP-T" else LONGCLIP_B
+        text |= {} if name == "JettCLIP-T" else MODELS["LongCLIP-B"]["text_cfg"]
         for key in ("hybrid", "no_causal_mask", "mask_padding"):
             text.pop(key, None)
     elif "mask_padding" in text:
@@ -142,20 +131,14 @@ def fastvit_jett(pretrained=False, **sizes):
 @register_model
 def vit_base_mci_apple(pretrained=False, **sizes):
     """MobileCLIP-B's image tower as Apple's files want it; timm does not pad its first layer."""
-    trunk = vit_base_mci_224(**sizes)
+    trunk = vit_base_mci_224(norm_layer=partial(LayerNorm, eps=1e-5), **sizes)
     trunk.patch_embed.backbone[0].conv.padding = (1, 1)
-    for module in trunk.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = 1e-5
     return trunk
 
 
 class StridedPointwise(nn.Conv2d):
-    """A strided 1 x 1 convolution that leaves out pixels first: the same numbers without a crash.
-
-    For a few channels in the channels-last format, oneDNN's backward pass of the strided one writes
-    where it must not (its issue 6035).
-    """
+    """A strided 1 x 1 convolution that leaves out pixels first. The numbers are the same, but for a
+    few channels in the channels-last format oneDNN's own backward pass crashes (its issue 6035)."""
 
     def forward(self, x):
         x = x[:, :, :: self.stride[0], :: self.stride[1]]
@@ -165,9 +148,11 @@ class StridedPointwise(nn.Conv2d):
 class TimmImage(nn.Module):
     """A timm model as image tower; named as in open_clip's TimmModel, so that state dicts agree."""
 
-    def __init__(self, name, embed_dim, pool, **sizes):
+    def __init__(self, vision, embed_dim):
         super().__init__()
-        self.trunk = timm.create_model(name, num_classes=embed_dim, global_pool=pool, **sizes)
+        sizes = {key: vision[key] for key in ("layers", "embed_dims") if key in vision}
+        sizes |= {"num_classes": embed_dim, "global_pool": vision["timm_pool"]}
+        self.trunk = timm.create_model(vision["timm_model_name"], **sizes)
         for conv in self.trunk.modules():
             pointwise = type(conv) is nn.Conv2d and conv.kernel_size == (1, 1)
             if pointwise and conv.stride != (1, 1) and conv.in_channels < 16:
@@ -177,24 +162,19 @@ class TimmImage(nn.Module):
         return self.trunk(image)  # (B, 3, H, W) -> (B, embed_dim)
 
 
-def image_tower(config):
+def image_tower(config, activation):
     vision, width = config["vision_cfg"], config["embed_dim"]
     if "timm_model_name" in vision:
-        sizes = {key: vision[key] for key in ("layers", "embed_dims") if key in vision}
-        return TimmImage(vision["timm_model_name"], width, vision["timm_pool"], **sizes)
-    sizes = {**vision, "heads": vision["width"] // 64, "mlp_ratio": 4, "output_dim": width}
-    return VisionTransformer(act_layer=_activation(config), **sizes)
+        return TimmImage(vision, width)
+    sizes = {"heads": vision["width"] // 64, "mlp_ratio": 4, "output_dim": width, **vision}
+    return VisionTransformer(act_layer=activation, **sizes)
 
 
-def text_tower(config):
-    text = {**config["text_cfg"], "output_dim": config["embed_dim"]}
-    if text.pop("hybrid", False):
-        return HybridText(**{"mask_padding": False, **text})
-    return TransformerText(act_layer=_activation(config), **text)
-
-
-def _activation(config):
-    return QuickGELU if config.get("quick_gelu") else nn.GELU
+def text_tower(config, activation):
+    sizes = {"output_dim": config["embed_dim"], "mask_padding": False, **config["text_cfg"]}
+    if sizes.pop("hybrid", False):
+        return HybridText(**sizes)
+    return TransformerText(act_layer=activation, **sizes)
 
 
 class CLIP(nn.Module):
@@ -205,15 +185,14 @@ class CLIP(nn.Module):
         self.config, self.name, self.folded = config, name, False
         self.image_size = config["vision_cfg"]["image_size"]
         self.context_length = config["text_cfg"]["context_length"]
-        self.visual = image_tower(config)
-        self.text = text_tower(config)
+        activation = QuickGELU if config.get("quick_gelu") else nn.GELU
+        self.visual, self.text = image_tower(config, activation), text_tower(config, activation)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, image, normalize=False):
         """Images (B, 3, image_size, image_size) from the model's transform -> (B, embed_dim)."""
-        rows = len(image)
-        if not self.training and image.device.type == "cpu":
-            rows = max(1, PIXELS_AT_ONCE // image[0, 0].numel())
+        whole = self.training or image.device.type != "cpu"
+        rows = len(image) if whole else max(1, PIXELS_AT_ONCE // image[0, 0].numel())
         features = torch.cat([self.visual(batch) for batch in image.split(rows)])
         return F.normalize(features, dim=1) if normalize else features
 
@@ -228,35 +207,28 @@ class CLIP(nn.Module):
         return image, text, self.logit_scale.exp()
 
 
-def create_model(
-    name, pretrained=None, device="cpu", text_tower=None, stretch="longclip", **overrides
-):
+def create_model(name, pretrained=None, device="cpu", text_tower=None, stretch="longclip", **sizes):
     """Build model `name` with random weights, or with those of `pretrained` in evaluation mode.
 
     pretrained: a run folder or a file that the originals publish: Long-CLIP's and Apple's .pt,
     open_clip's safetensors, "openai:ViT-B-16.pt" (OpenAI's TorchScript archives), or
     {"image": file, "text": file}. A run folder with another name or other sizes is a ValueError.
-    stretch: mode of `text.stretch_positions`, for a file of fewer tokens than the model reads.
-    text_tower: one of TEXT_TOWERS (students only). overrides: see `model_config`.
+    text_tower: one of TEXT_TOWERS. stretch: see `stretch_positions`. sizes: see `model_config`.
     """
     if checkpoints.is_run_folder(pretrained):
         model = load_folder(pretrained)
-        asked = {"text_tower": text_tower, **overrides}
-        sizes = any(value is not None for value in asked.values())
-        config = model_config(name, text_tower, **overrides) if sizes else model.config
+        asked = {"text_tower": text_tower, **sizes}
+        free = all(value is None for value in asked.values())
+        config = model.config if free else model_config(name, text_tower, **sizes)
         if (model.name, model.config) != (name, config):
-            raise ValueError(
-                f"{pretrained} holds {model.name} with {model.config}, not {name} with {asked}: "
-                "ask for what it holds, or train again"
-            )
+            held = f"{pretrained} holds {model.name} with {model.config}"
+            raise ValueError(f"{held}: ask for that, not for {name} with {asked}")
         return model.to(device)
     state = None if pretrained is None else checkpoints.read_state(pretrained)
-    if name != "LongCLIP":
-        config = model_config(name, text_tower, **overrides)
-    elif state is not None:
+    if name == "LongCLIP":
         config = {**MODELS["LongCLIP-B"], **checkpoints.longclip_sizes(state)}
     else:
-        raise ValueError("LongCLIP has the sizes of its file: name one with pretrained=FILE")
+        config = model_config(name, text_tower, **sizes)
     if state is not None and checkpoints.is_apple_vit(state):
         config["vision_cfg"]["timm_model_name"] = "vit_base_mci_apple"
     model = CLIP(config, name)
@@ -268,23 +240,19 @@ def create_model(
 
 def load_folder(folder):
     """The model of a folder that `checkpoints.save_folder` wrote, in evaluation mode."""
-    saved = checkpoints.folder_config(folder)["jettclip"]
-    model = CLIP(saved["config"], saved["name"])
-    checkpoints.fill(model, load_file(Path(folder) / checkpoints.WEIGHTS), folder)
+    model = CLIP(**checkpoints.folder_config(folder)["jettclip"])
+    checkpoints.fill(model, checkpoints.read_state(folder), folder)
     return model.eval()
 
 
 def transforms(config):
     """(train, validation) transforms: PIL image or uint8 tensor -> float tensor (3, S, S)."""
     size, preprocess = config["vision_cfg"]["image_size"], config["preprocess"]
-    mean, std = preprocess["mean"], preprocess["std"]
     resize = {"interpolation": v2.InterpolationMode(preprocess["interpolation"]), "antialias": True}
-    scale = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-    if (mean, std) != (PLAIN["mean"], PLAIN["std"]):
-        scale.append(v2.Normalize(mean, std))
-    # RGB comes first, as it knows PIL's modes.
+    normalize = v2.Normalize(preprocess["mean"], preprocess["std"])
+    scale = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalize]
     train = [v2.RGB(), v2.RandomResizedCrop(size, scale=(0.6, 1.0), **resize)]
-    val = [v2.RGB(), v2.Resize(size, **resize), v2.CenterCrop(size)]
+    val = [v2.RGB(), v2.Resize(size, **resize), v2.CenterCrop(size)]  # RGB knows PIL's modes
     return v2.Compose(train + scale), v2.Compose(val + scale)
 
 
@@ -301,11 +269,8 @@ def get_tokenizer(name, context_length=None):
 
 
 def reparameterize(model):
-    """A new model in evaluation mode with the same outputs and fewer layers.
-
-    Image: RepMixer, MobileOne, large-kernel and positional branches (by timm), the batch norm of
-    other convolutions, layer scales; in the channels-last format. Text: RepMixer blocks.
-    """
+    """A new model in evaluation mode with the same outputs: branches, batch norms and layer scales
+    are folded, and the image tower is in the channels-last format."""
     model = copy.deepcopy(model).eval()
     if model.folded:  # timm cannot fold twice
         return model
@@ -318,25 +283,18 @@ def reparameterize(model):
     return model
 
 
+@torch.no_grad()
 def _fold_image(trunk):
     trunk = reparameterize_model(trunk)
     for module in trunk.modules():
-        if isinstance(module, RepMixerBlock):
-            _fold_scale(module, "layer_scale", module.mlp.fc2)
-        elif isinstance(module, AttentionBlock):
-            _fold_scale(module, "layer_scale_1", module.token_mixer.proj)
-            _fold_scale(module, "layer_scale_2", module.mlp.fc2)
+        for name, scaled in SCALED.items():
+            scale = getattr(module, name, None)
+            if isinstance(scale, LayerScale2d):
+                layer = module.get_submodule(scaled)
+                layer.weight.mul_(scale.gamma.view(-1, *[1] * (layer.weight.ndim - 1)))
+                layer.bias.mul_(scale.gamma.flatten())
+                setattr(module, name, nn.Identity())
         if isinstance(module, ConvNormAct) and isinstance(module.bn, BatchNormAct2d):
             module.conv = fuse_conv_bn_eval(module.conv, module.bn)
             module.bn = nn.Sequential(module.bn.drop, module.bn.act)
     return trunk
-
-
-@torch.no_grad()
-def _fold_scale(block, name, layer):
-    """Multiply the layer scale `name` of `block` into `layer`, which it follows."""
-    scale = getattr(block, name)
-    if isinstance(scale, LayerScale2d):
-        layer.weight.mul_(scale.gamma.view(-1, *[1] * (layer.weight.ndim - 1)))
-        layer.bias.mul_(scale.gamma.flatten())
-        setattr(block, name, nn.Identity())
