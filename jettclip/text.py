@@ -271,7 +271,8 @@ class HybridText(TextTower):
                 y = attend(layer, y, mask)
             attended.append(pack(y, e, gap))  # (b, l, d) -> (1, t, d)
         x = self.last(torch.cat(attended, dim=1), real)[0, start + end]  # (1, T, d) -> (B, d)
-        return self.ln_final(x[order.argsort()]) @ self.text_projection
+        features = self.ln_final(x) @ self.text_projection  # (B, d)
+        return features[order.argsort()]
 
     def encode(self, x, end):
         mask = real_tokens(x, end) if self.trims else None
