@@ -1,4 +1,8 @@
-"""From result rows to figures: every picture of the notebooks and the report, legible in grey and to the colour-blind."""
+"""Figures of result tables, legible in grey print and to the colour-blind.
+
+Notebooks and benchmarks call `style()` once, draw from tables, and `save` each figure as SVG.
+A table has a row for each point; `value`, `low` and `high` are a measurement and its interval.
+"""
 
 import re
 import textwrap
@@ -7,9 +11,10 @@ from itertools import cycle
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
-from .files import write_then_rename
+from jettclip.utils import write_then_rename
 
-# Okabe and Ito's colour-blind safe palette, ordered by lightness, each with a line style and marker for grey print.
+# Okabe and Ito's palette for the colour-blind. In grey print, line styles and markers tell the
+# models apart.
 STYLES = [
     ("#000000", "-", "o"),
     ("#0072B2", "--", "s"),
@@ -27,7 +32,11 @@ STYLES = [
     ("#000000", ":", "+"),
     ("#56B4E9", "-.", "x"),
     ("#E69F00", "-", "1"),
+    ("#CC79A7", "-", "2"),
+    ("#555555", ":", "3"),
 ]
+BLUE, ORANGE, GREY, DARK_BLUE = "#8fbcd9", "#e0a080", "#bbbbbb", "#0072B2"  # fills of bars
+BAR = {"edgecolor": "black", "linewidth": 0.6}
 
 
 def style():
@@ -52,130 +61,124 @@ def style():
 
 
 def save(figure, path):
-    """Write `figure` as SVG (under a temporary name, then renamed)."""
+    """Write `figure` as SVG, whole or not at all."""
     write_then_rename(path, lambda temporary: figure.savefig(temporary, metadata={"Date": None}))
 
 
 def label(model):
-    """A run's name as figures show it: "crd+fd-both-context_length77-s0" -> "crd+fd both 77 tokens"."""
-    name = re.sub(r"context_length(\d+)", r"\1 tokens", model).removesuffix("-s0")
-    return name if " " in model else name.replace("-", " ")
+    """A run's name in figures: "crd+fd-both-context_length77-s0" -> "crd+fd both 77 tokens"."""
+    if " " in model:
+        return model
+    name = re.sub(r"context_length(\d+)", r"\1 tokens", model.removesuffix("-s0"))
+    name = re.sub(r"-(text_tower|stretch|[a-z_]{2,}(?=\d))", r" \1 ", name)  # steps200: steps 200
+    return name.replace("-", " ")
+
+
+def by_model(table):
+    """Yield (label, rows, line style for matplotlib) of each model in `table`, in its order."""
+    models = table.groupby("model", sort=False)
+    for (model, rows), (colour, line, marker) in zip(models, cycle(STYLES), strict=False):
+        look = {"color": colour, "linestyle": line, "marker": marker, "markersize": 4}
+        yield label(model), rows, look
+
+
+def error_bars(rows):
+    """Lengths of the error bars below and above `rows.value`, as matplotlib wants them."""
+    return [rows.value - rows.low, rows.high - rows.value]
+
+
+def show_image(axis, image):
+    """Draw an image (uint8 (3, H, W)) pixel by pixel."""
+    axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")  # -> (H, W, 3)
+
+
+# ---- images
 
 
 def contact_sheet(images, titles, columns=4, width=6.3):
-    """Images (each uint8 (3, H, W)) in a grid with a caption each -> figure."""
-    rows = -(-len(images) // columns)
+    """A grid of images (uint8 (3, H, W)), each below its title -> figure, `width` inches wide."""
     titles = [textwrap.wrap(title, int(19 * width / columns)) for title in titles]
-    lines = max(map(len, titles))
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(width, rows * (width / columns + 0.12 * lines)), squeeze=False
-    )
+    rows, title_lines = -(-len(images) // columns), max(map(len, titles))
+    height = rows * (width / columns + 0.12 * title_lines)
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, image, title in zip(axes.flat, images, titles):
-        axis.imshow(
-            image.permute(1, 2, 0).numpy(), interpolation="nearest"
-        )  # (3, H, W) -> (H, W, 3)
+    for axis, image, title in zip(axes.flat, images, titles, strict=False):
+        show_image(axis, image)
         axis.set_title("\n".join(title), fontsize=6, loc="left")
     return figure
 
 
-def lengths(long, short):
-    """Histogram of caption lengths in tokens, with the marks of a 77- and a 248-token model -> figure."""
-    figure, axis = plt.subplots()
-    bins = range(0, 256, 8)
-    axis.hist(short, bins, color="#bbbbbb", label="short captions")
-    axis.hist(long, bins, color="#0072B2", alpha=0.8, label="long captions")
-    for mark in (77, 248):
-        axis.axvline(mark, color="black", linestyle="--", linewidth=1)
-        axis.text(
-            mark - 2,
-            axis.get_ylim()[1],
-            f"{mark} tokens",
-            rotation=90,
-            va="top",
-            ha="right",
-            fontsize=8,
-        )
-    axis.set(xlabel="tokens (start and end included)", ylabel="captions", xlim=(0, 256))
-    axis.legend(loc="upper center")
+def failures(queries, wanted, found):
+    """A row for each query: caption, wanted image, the three that the model ranks first -> figure.
+
+    queries: captions, cut to nine lines; wanted: images (uint8 (3, H, W)); found: threes of them.
+    """
+    size, widths = (6.3, 1.25 * len(queries) + 0.25), [2.1, 1, 1, 1, 1]
+    figure, axes = plt.subplots(len(queries), 5, figsize=size, squeeze=False, width_ratios=widths)
+    for row, query, image, best in zip(axes, queries, wanted, found, strict=True):
+        lines = textwrap.wrap(query, 38)
+        lines = lines if len(lines) <= 9 else [*lines[:8], lines[8] + " ..."]
+        row[0].text(0, 1, "\n".join(lines), fontsize=6.5, va="top", transform=row[0].transAxes)
+        for axis, shown in zip(row[1:], [image, *best], strict=True):
+            show_image(axis, shown)
+    titles = ("caption", "wanted", "first", "second", "third")
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=8, loc="left")
+    for axis in axes.flat:
+        axis.axis("off")
     return figure
 
 
-def spectrum(variance, k):
-    """Share of variance kept by the first components, one line per feature set {name: (d,) shares} -> figure."""
-    figure, axis = plt.subplots()
-    for (name, shares), (colour, line, _) in zip(variance.items(), STYLES):
-        axis.plot(range(1, len(shares) + 1), shares, color=colour, linestyle=line, label=name)
-    axis.axvline(k, color="black", linewidth=1, linestyle=":")
-    axis.text(k + 1, 0.05, f"k = {k}", fontsize=8)
-    axis.set(xlabel="principal components kept", ylabel="share of variance", ylim=(0, 1.02))
-    axis.legend(loc="lower right")
-    return figure
+# ---- training
 
 
 def curves(history, value, ylabel, axis=None, x="step", xlabel="training steps"):
-    """One line per model of `history` (columns model, `x`, `value`) -> figure."""
+    """A line for each model of `history` (columns model, `x`, `value`) -> figure."""
     axis = axis or plt.subplots()[1]
-    for (name, rows), (colour, line, marker) in zip(
-        history.groupby("model", sort=False), cycle(STYLES)
-    ):
-        axis.plot(
-            rows[x],
-            rows[value],
-            color=colour,
-            linestyle=line,
-            marker=marker,
-            markersize=4,
-            label=label(name),
-        )
+    for name, rows, look in by_model(history):
+        axis.plot(rows[x], rows[value], label=name, **look)
     axis.set(xlabel=xlabel, ylabel=ylabel, xlim=(0, None), ylim=(0, None))
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return axis.figure
 
 
 def dynamics(history, value, ylabel, target=None):
-    """`value` against steps and against seconds, side by side, and a line at the undistilled student's end -> figure."""
-    names = [label(name) for name in history.model.unique()]
-    columns = max(1, 100 // (8 + max(map(len, names))))
-    figure, (steps, seconds) = plt.subplots(
-        1, 2, sharey=True, figsize=(6.3, 2.9 + 0.18 * -(-len(names) // columns))
-    )
-    for axis, x, xlabel in ((steps, "step", "training steps"), (seconds, "seconds", "seconds")):
-        curves(history, value, ylabel if x == "step" else None, axis, x, xlabel)
+    """`value` against steps and against seconds -> figure.
+
+    target: where a dotted line marks the end of the undistilled student.
+    """
+    longest = max(len(label(model)) for model in history.model.unique())
+    columns = max(1, 100 // (8 + longest))  # a row of the legend holds about 100 letters
+    legend_rows = -(-history.model.nunique() // columns)
+    size = (6.3, 2.9 + 0.18 * legend_rows)
+    figure, (steps, seconds) = plt.subplots(1, 2, sharey=True, figsize=size)
+    curves(history, value, ylabel, steps)
+    curves(history, value, None, seconds, "seconds", "seconds")
+    for axis in (steps, seconds):
         axis.get_legend().remove()
         if target is not None:
             axis.axhline(target, color="black", linestyle=":", linewidth=1)
     if target is not None:
-        seconds.text(
-            1.01,
-            target,
-            "none,\nin the end",
-            fontsize=7,
-            va="center",
-            transform=seconds.get_yaxis_transform(),
-        )
+        place = {"va": "center", "transform": seconds.get_yaxis_transform()}
+        seconds.text(1.01, target, "none,\nat the end", fontsize=7, **place)
     figure.legend(*steps.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
     return figure
 
 
+# ---- accuracy
+
+
 def bars(table, xlabel, reference=None):
-    """Horizontal bars of table.value with intervals low..high, one per table.model -> figure.
+    """A bar with its interval for each row of `table` (model, value, low, high) -> figure.
 
     reference: (value, name) of a vertical line.
     """
     table = table.iloc[::-1]
     figure, axis = plt.subplots(figsize=(6.3, 0.6 + 0.28 * len(table)))
-    axis.barh(
-        table.model.map(label),
-        table.value,
-        color="#8fbcd9",
-        edgecolor="black",
-        linewidth=0.6,
-        xerr=[table.value - table.low, table.high - table.value],
-        error_kw={"linewidth": 1, "capsize": 2},
-    )
-    for y, (value, high) in enumerate(zip(table.value, table.high)):
+    errors = {"xerr": error_bars(table), "error_kw": {"linewidth": 1, "capsize": 2}}
+    axis.barh(table.model.map(label), table.value, color=BLUE, **BAR, **errors)
+    for y, (value, high) in enumerate(zip(table.value, table.high, strict=True)):
         axis.text(high, y, f"  {value:.3f}", va="center", fontsize=8)
     if reference:
         axis.axvline(reference[0], color="black", linestyle=":", linewidth=1)
@@ -186,25 +189,13 @@ def bars(table, xlabel, reference=None):
 
 
 def positions(table):
-    """Where-is-the-detail: accuracy with interval against token position, a line per model -> figure."""
+    """Where is the detail: accuracy against token position, a line for each model -> figure."""
     figure, axis = plt.subplots(figsize=(6.3, 3.6))
-    models = list(table.groupby("model", sort=False))
-    for number, ((name, rows), (colour, line, marker)) in enumerate(zip(models, STYLES)):
-        place = rows.position + 1.6 * (
-            number - (len(models) - 1) / 2
-        )  # side by side, so that intervals stay apart
-        axis.errorbar(
-            place,
-            rows.value,
-            yerr=[rows.value - rows.low, rows.high - rows.value],
-            color=colour,
-            linestyle=line,
-            marker=marker,
-            markersize=4,
-            capsize=2,
-            linewidth=1.2,
-            label=label(name),
-        )
+    middle = (table.model.nunique() - 1) / 2
+    for number, (name, rows, look) in enumerate(by_model(table)):
+        x = rows.position + 1.6 * (number - middle)  # side by side, so that intervals stay apart
+        errors = {"yerr": error_bars(rows), "capsize": 2, "linewidth": 1.2}
+        axis.errorbar(x, rows.value, label=name, **errors, **look)
     axis.axhline(0.5, color="black", linewidth=0.8)
     axis.axvline(77, color="black", linestyle="--", linewidth=1)
     axis.text(78, 1.01, "77 tokens", fontsize=8)
@@ -219,26 +210,13 @@ def positions(table):
 
 
 def attributes(table):
-    """Accuracy for each attribute of a detail, a marker per model (columns attribute, model, value, low, high) -> figure."""
-    names, models = list(table.attribute.unique()), list(table.groupby("model", sort=False))
-    figure, axis = plt.subplots(figsize=(6.3, 0.8 + 0.13 * len(names) * (len(models) + 1)))
-    for number, ((name, rows), (colour, _, marker)) in enumerate(zip(models, STYLES)):
-        place = [
-            names.index(one) + (number - (len(models) - 1) / 2) * 0.8 / len(models)
-            for one in rows.attribute
-        ]
-        axis.errorbar(
-            rows.value,
-            place,
-            xerr=[rows.value - rows.low, rows.high - rows.value],
-            color=colour,
-            linestyle="none",
-            marker=marker,
-            markersize=4,
-            capsize=2,
-            linewidth=1,
-            label=label(name),
-        )
+    """Where is the detail: accuracy for each attribute, a marker for each model -> figure."""
+    names, models = list(table.attribute.unique()), table.model.nunique()
+    figure, axis = plt.subplots(figsize=(6.3, 0.8 + 0.13 * len(names) * (models + 1)))
+    for number, (name, rows, look) in enumerate(by_model(table)):
+        y = rows.attribute.map(names.index) + (number - (models - 1) / 2) * 0.8 / models
+        errors = {"xerr": error_bars(rows), "capsize": 2, "linewidth": 1}
+        axis.errorbar(rows.value, y, label=name, **errors, **{**look, "linestyle": "none"})
     axis.set_yticks(range(len(names)), names)
     axis.axvline(0.5, color="black", linewidth=0.8)
     axis.set(xlabel="accuracy (chance 0.5)", ylim=(len(names) - 0.5, -0.5))
@@ -247,58 +225,31 @@ def attributes(table):
     return figure
 
 
-def failures(queries, wanted, found):
-    """A row for each query: its caption, the wanted image, the three images that the model likes best -> figure.
-
-    queries: captions, cut to what fits; wanted: images (uint8 (3, H, W)); found: lists of three.
-    """
-    figure, axes = plt.subplots(
-        len(queries),
-        5,
-        figsize=(6.3, 1.25 * len(queries) + 0.25),
-        squeeze=False,
-        width_ratios=[2.1, 1, 1, 1, 1],
-    )
-    for row, (query, right, best) in enumerate(zip(queries, wanted, found)):
-        lines = textwrap.wrap(query, 38)
-        shown = lines if len(lines) <= 9 else [*lines[:8], lines[8] + " ..."]
-        axes[row, 0].text(
-            0, 1, "\n".join(shown), fontsize=6.5, va="top", transform=axes[row, 0].transAxes
-        )
-        for axis, image in zip(axes[row, 1:], [right, *best]):
-            axis.imshow(
-                image.permute(1, 2, 0).numpy(), interpolation="nearest"
-            )  # (3, H, W) -> (H, W, 3)
-    for axis, title in zip(axes[0], ("caption", "wanted", "first", "second", "third")):
-        axis.set_title(title, fontsize=8, loc="left")
-    for axis in axes.flat:
-        axis.axis("off")
-    return figure
+# ---- time
 
 
 def speed(table):
-    """Ratios to a teacher's latency (rows of `latency`): a panel per tower, captions and batch, a bar per form -> figure."""
-    table = table.assign(form=table.model + ", " + table.backend)
-    groups, forms = (
-        list(table.groupby(["tower", "captions", "batch"], sort=False)),
-        list(table.form.unique())[::-1],
-    )
-    height = -(-len(groups) // 2)
-    figure, axes = plt.subplots(
-        height, 2, figsize=(6.3, height * (0.6 + 0.17 * len(forms))), sharey=True, squeeze=False
-    )
-    for axis in axes.flat[len(groups) :]:
+    """How many times as fast as the teacher (rows of `timing.latency`) -> figure.
+
+    A panel for each tower, kind of captions and batch size; a bar for each model and backend.
+    """
+    table = table.assign(name=table.model + ", " + table.backend)
+    panels = list(table.groupby(["tower", "captions", "batch"], sort=False))
+    names = list(table.name.unique())[::-1]
+    height = -(-len(panels) // 2)
+    size = (6.3, height * (0.6 + 0.17 * len(names)))
+    figure, axes = plt.subplots(height, 2, figsize=size, sharey=True, squeeze=False)
+    for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    for axis, ((tower, captions, batch), rows) in zip(axes.flat, groups):
-        ratios = rows.set_index("form").ratio_to_teacher.reindex(forms)
-        colours = ["#8fbcd9" if ratio >= 1 else "#e0a080" for ratio in ratios]
-        axis.barh(range(len(forms)), ratios, color=colours, edgecolor="black", linewidth=0.6)
+    for axis, ((tower, captions, batch), rows) in zip(axes.flat, panels, strict=False):
+        ratios = rows.set_index("name").ratio_to_teacher.reindex(names)
+        axis.barh(names, ratios, color=[BLUE if ratio >= 1 else ORANGE for ratio in ratios], **BAR)
         for y, ratio in enumerate(ratios):
             axis.text(ratio, y, f" {ratio:.1f}", va="center", fontsize=7)
         axis.axvline(1, color="black", linewidth=0.8)
-        what = [tower.replace("both", "image + text"), captions, f"batch {batch}"]
-        axis.set_title(", ".join(filter(None, what)), fontsize=7, loc="left")
-        axis.set_yticks(range(len(forms)), forms, fontsize=7)
+        title = [tower.replace("both", "image + text"), captions, f"batch {batch}"]
+        axis.set_title(", ".join(filter(None, title)), fontsize=7, loc="left")
+        axis.tick_params(axis="y", labelsize=7)
         axis.set_xlim(0, 1.18 * ratios.max())
         axis.grid(axis="y", visible=False)
     figure.supxlabel("times as fast as the teacher", fontsize=9)
@@ -306,44 +257,20 @@ def speed(table):
 
 
 def layers(table):
-    """Where the time goes (rows of bench.layer_times): a panel per tower, bars per part before and after folding -> figure."""
-    names = [column.removesuffix(" ms") for column in table if column.endswith(" ms")]
-    figure, axes = plt.subplots(1, 2, figsize=(6.3, 2.8))
-    for axis, (tower, rows) in zip(axes, table.groupby("tower", sort=False)):
-        for number, (name, (colour, *_)) in enumerate(zip(names, STYLES)):
-            places = [y + (number - 0.5) * 0.4 for y in range(len(rows))]
-            axis.barh(
-                places,
-                rows[f"{name} ms"],
-                0.4,
-                color=colour,
-                edgecolor="black",
-                linewidth=0.6,
-                label=name,
-            )
+    """Where the time goes (rows of `timing.layer_times`) -> figure.
+
+    A panel for each tower; for each layer a bar before and after folding.
+    """
+    models = [column.removesuffix(" ms") for column in table if column.endswith(" ms")]
+    figure, axes = plt.subplots(1, 2, figsize=(6.3, 3))
+    for axis, (tower, rows) in zip(axes, table.groupby("tower", sort=False), strict=True):
+        for number, (model, colour) in enumerate(zip(models, (GREY, DARK_BLUE), strict=True)):
+            y = [row + (number - 0.5) * 0.4 for row in range(len(rows))]
+            axis.barh(y, rows[f"{model} ms"], 0.4, color=colour, label=model, **BAR)
         axis.set_yticks(range(len(rows)), rows.part, fontsize=7)
         axis.invert_yaxis()
         axis.set(xlabel="ms", title=f"{tower} tower")
         axis.grid(axis="y", visible=False)
-    axes[0].legend(loc="lower right")
-    return figure
-
-
-def tradeoff(table, xlabel, ylabel):
-    """Accuracy against latency: table.value with its interval against table.p50_ms, a point per table.model -> figure."""
-    figure, axis = plt.subplots()
-    for row, (colour, _, marker) in zip(table.itertuples(), STYLES):
-        axis.errorbar(
-            row.p50_ms,
-            row.value,
-            yerr=[[row.value - row.low], [row.high - row.value]],
-            color=colour,
-            marker=marker,
-            markersize=5,
-            capsize=2,
-            linestyle="none",
-            label=row.model,
-        )
-    axis.set(xlabel=xlabel, ylabel=ylabel, xlim=(0, None), ylim=(0, None))
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(models))
     return figure

@@ -1,188 +1,166 @@
-"""All notebooks at toy size: the profile `smoke`, from nothing to the PDF."""
+"""The notebooks: what a committed one looks like, and all of them in a row at the size `smoke`."""
 
-import csv
+import ast
+import contextlib
 import json
-import os
+import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
+import nbformat
 import pandas as pd
 import pytest
+import yaml
 
-from jettclip import pipeline
+from jettclip import train
+from jettclip.models import load_folder
 
-ROOT = Path(__file__).resolve().parent.parent
-SNAKEMAKE = [
-    sys.executable,
-    "-m",
-    "snakemake",
-    "--cores",
-    "all",
-    "--nolock",
-    "--rerun-incomplete",
-    "--rerun-triggers",
-    "params",
-    "input",
-    "mtime",
-    "--scheduler",
-    "greedy",
-    "--quiet",
-    "all",
-    "--config",
-    "profile=smoke",
-]
-RUN = ROOT / "runs/smoke"
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+STORY = sorted(path.stem for path in NOTEBOOKS.glob("0*.ipynb"))
+ALL = sorted(str(path.relative_to(NOTEBOOKS)) for path in NOTEBOOKS.glob("**/[!.]*.ipynb"))
+PROFILES = {
+    path.stem: yaml.safe_load(path.read_text()) for path in NOTEBOOKS.glob("profiles/*.yaml")
+}
+STUDENTS = {
+    "none-s0": {"method": "none"},
+    "crd+fd-both-s0": {"method": "crd+fd"},
+    "fd-long-context_length77-s0": {"method": "fd", "pairs": "long", "context_length": 77},
+}
 
 
-def smoke():
-    return subprocess.run(SNAKEMAKE, cwd=ROOT, capture_output=True, text=True)
+def read_notebook(name):
+    return nbformat.read((NOTEBOOKS / name).with_suffix(".ipynb"), nbformat.NO_CONVERT)
 
 
-@pytest.fixture(scope="module")
-def first_run():
-    shutil.rmtree(RUN, ignore_errors=True)
-    (ROOT / "report/build/report-smoke.pdf").unlink(missing_ok=True)
-    finished = smoke()
-    assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
-    return finished
+def is_parameters(cell):
+    return "parameters" in cell.metadata.get("tags", [])
 
 
-def read(name):
-    with open(RUN / "results" / name) as file:
-        return list(csv.DictReader(file))
+def parameters(name):
+    """Names of the parameters of a notebook."""
+    source = next(cell.source for cell in read_notebook(name).cells if is_parameters(cell))
+    return [node.targets[0].id for node in ast.parse(source).body]
 
 
-def test_every_step_is_done_and_the_report_is_built(first_run):
-    for folder in (
-        "data",
-        "teacher",
-        "none-s0",
-        "crd+fd-both-s0",
-        "deploy",
-        "evaluate",
-        "report",
-        "search",
-    ):
-        assert json.loads((RUN / folder / "done.json").read_text())["seconds"] > 0
-    assert (ROOT / "report/build/report-smoke.pdf").read_bytes().startswith(b"%PDF")
-    pages = {path.stem for path in (ROOT / "report/build/smoke").glob("*.html")}
-    assert {"00_data", "02_train-crd+fd-both-s0", "04_evaluate", "05_report"} <= pages
-
-
-def test_progress_is_told_step_by_step(first_run):
-    assert "[ 1/9] 00_data done in" in first_run.stdout
-    assert "step 4/4" in first_run.stdout
-
-
-def test_results_have_models_and_intervals(first_run):
-    rows = [
-        row for row in read("retrieval.csv") if row["task"] == "long" and row["metric"] == "t2i_r10"
+@pytest.mark.parametrize("name", ALL)
+def test_it_is_committed_without_outputs_and_opens_with_its_parameters(name):
+    notebook = read_notebook(name)
+    nbformat.validate(notebook)  # ids are there and unique
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert not [
+        x for x in (notebook, *notebook.cells) if {"papermill", "execution"} & {*x.metadata}
     ]
-    assert [row["model"] for row in rows] == [
-        "CLIP at 77 tokens",
-        "teacher",
-        "none-s0",
-        "crd+fd-both-s0",
-        "fd-long-context_length77-s0",
-    ]
-    assert all(float(row["low"]) <= float(row["value"]) <= float(row["high"]) for row in rows)
-    assert {row["context"] for row in rows} == {"77", "248"}
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not [cell for cell in code if cell.outputs or cell.execution_count]
+    assert all(len(line) <= 100 for cell in code for line in cell.source.splitlines())
+    assert [is_parameters(cell) for cell in code] == [True] + [False] * (len(code) - 1)
+    lines = code[0].source.splitlines()
+    assert all(re.fullmatch(r"[a-z]\w* = [^#]+?(  # \S.*)?", line) for line in lines)
+    assert len(parameters(name)) == len(lines)
 
 
-def test_differences_are_corrected_for_their_number(first_run):
-    rows = [
-        row
-        for row in read("differences.csv")
-        if row["task"] == "long" and row["metric"] == "t2i_r10"
-    ]
-    assert len(rows) == 2 and all(
-        float(row["p"]) <= float(row["p_holm"]) <= min(1, 2 * float(row["p"]) + 1e-6)
-        or float(row["p_holm"]) == max(float(one["p_holm"]) for one in rows)
-        for row in rows
-    )
+@pytest.mark.parametrize("name", STORY)
+def test_it_opens_with_a_question_and_ends_with_what_was_seen(name):
+    first, *_, last = read_notebook(name).cells
+    title = re.match(rf"# {name[:2]} · .+\?\n\n\w", first.source)
+    seen = last.source.split("**What was seen.**")[1]
+    assert title and "{" in seen and seen.count(".") >= 2  # numbers, in two or more sentences
 
 
-def test_cost_geometry_and_failures_are_told(first_run):
-    assert {row["model"] for row in read("efficiency.csv")} == {
-        "none-s0",
-        "crd+fd-both-s0",
-        "fd-long-context_length77-s0",
-    }
-    assert all(-1 < float(row["value"]) <= 1 for row in read("geometry.csv"))
-    failures = read("failures.csv")
-    assert failures and all(
-        row["caption"] and int(row["rank"]) > 1 and row["first"] != row["second"]
-        for row in failures
-    )
-    assert {row["attribute"] for row in read("attributes.csv")} == {
-        "colour",
-        "pattern",
-        "place",
-        "shape",
-        "size",
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_profile_sets_parameters_that_there_are(name):
+    known = {parameter for notebook in STORY for parameter in parameters(notebook)}
+    keys = {*PROFILES[name]} - {"variants"}
+    assert keys <= known - {"profile", "variant"}
+    assert {key for variant in PROFILES[name]["variants"] for key in variant} <= {
+        *parameters("02_train")
     }
 
 
-def test_a_77_token_model_is_at_chance_for_details_it_cannot_read(first_run):
-    late = [
-        row for row in read("details.csv") if row["attribute"] == "all" and row["part"] == "from 77"
-    ]
-    for model in ("CLIP at 77 tokens", "fd-long-context_length77-s0"):
-        assert [row["value"] for row in late if row["model"] == model] == ["0.5"]
+# ---- all notebooks at the size `smoke`, in this process: a kernel for each would take minutes
 
 
-def test_folding_changes_nothing_but_rounding(first_run):
-    row = read("fold.csv")[0]
-    assert float(row["image_max_difference"]) < 1e-4 and float(row["text_max_difference"]) < 1e-4
+def execute(name, **values):
+    """Run the code cells of a notebook with these parameters."""
+    namespace = {}
+    for cell in read_notebook(name).cells:
+        if cell.cell_type == "code":
+            exec(compile(cell.source, f"{name} {cell.id}", "exec"), namespace)
+        if is_parameters(cell):
+            namespace |= {key: value for key, value in values.items() if key in namespace}
+    plt.close("all")
 
 
-def test_by_hand_the_numbers_are_the_same(first_run):
-    """Notebook 02 run by papermill alone, as JupyterLab runs it: in no job of Snakemake, by nobody's step."""
-    variant = "crd+fd-both-s0"
-    parameters = pipeline.plan("smoke", ROOT)[f"02_train {variant}"].parameters | {
-        "variant": "by-hand"
-    }
-    notebook = [ROOT / "notebooks/02_train.ipynb", RUN / "by-hand/02_train.ipynb"]
-    notebook[1].parent.mkdir()
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
-    }  # as many as `--cores all` gives
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "papermill",
-            *notebook,
-            "--cwd",
-            ROOT / "notebooks",
-            "-y",
-            json.dumps(parameters),
-        ],
-        check=True,
-        env=environment,
-        capture_output=True,
-    )
-    one, other = (
-        pd.read_csv(RUN / name / "history.csv").drop(columns="seconds")
-        for name in (variant, "by-hand")
-    )
-    assert one.equals(other) and len(one) == 2
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """A run of every notebook -> (its run folder, parameters)."""
+    root = tmp_path_factory.mktemp("smoke")
+    shutil.copytree(NOTEBOOKS, root / "notebooks", ignore=shutil.ignore_patterns("*.ipynb"))
+    values = {**PROFILES["smoke"], "profile": "smoke", "repeats": 2}
+    values["variants"] = [*STUDENTS, "unfinished-s0"]
+    matplotlib.use("agg")
+    with contextlib.chdir(root / "notebooks"), pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(NOTEBOOKS)
+        for name in STORY:
+            students = STUDENTS if name == "02_train" else {None: {}}
+            for variant, changed in students.items():
+                execute(name, **values, variant=variant, **changed)
+    return root / "runs/smoke", values
 
 
-def test_forms_without_pytorch_are_compared(first_run):
-    rows = read("drift.csv")
-    assert {"pytorch", "onnxruntime", "onnxruntime-int8"} <= {row["backend"] for row in rows}
-    assert all(
-        float(row["text_max_difference"]) < 1e-5 for row in rows if row["backend"] == "onnxruntime"
-    )
-    assert (RUN / "search/found.html").read_text().count("<figure>") == 4
+def read(smoke, name, **columns):
+    """Rows of a result table in which the columns have these values."""
+    table = pd.read_csv(smoke[0] / "results" / name, keep_default_na=False)
+    for column, value in columns.items():
+        table = table[table[column] == value]
+    return table
 
 
-def test_a_second_run_does_nothing(first_run):
-    before = {path: path.stat().st_mtime_ns for path in RUN.rglob("done.json")}
-    again = smoke()
-    assert again.returncode == 0 and "started" not in again.stdout
-    assert before == {path: path.stat().st_mtime_ns for path in RUN.rglob("done.json")}
+def test_every_model_has_intervals_and_comparisons_are_corrected(smoke):
+    rows = read(smoke, "retrieval.csv", task="long", metric="t2i_r10")
+    assert list(rows.model) == ["CLIP at 77 tokens", "teacher", *STUDENTS]
+    assert ((rows.low <= rows.value) & (rows.value <= rows.high)).all()
+    rows = read(smoke, "differences.csv", task="long", metric="t2i_r10")
+    assert list(rows.model) == list(STUDENTS)[1:] and set(rows.against) == {"none-s0"}
+    assert (rows.p <= rows.p_holm).all() and rows.p_holm.max() <= min(1, 2 * rows.p.max())
+
+
+def test_a_77_token_model_has_to_guess_what_it_does_not_read(smoke):
+    late = read(smoke, "details.csv", attribute="all", part="from 77").set_index("model").value
+    assert late["CLIP at 77 tokens"] == late["fd-long-context_length77-s0"] == 0.5
+
+
+def test_folding_and_export_change_nothing_but_rounding(smoke):
+    fold = read(smoke, "fold.csv").iloc[0]
+    assert max(fold.image_max_difference, fold.text_max_difference) < 1e-4
+    drift = read(smoke, "drift.csv").set_index("backend")
+    assert drift.text_max_difference["onnxruntime"] < 1e-5 and "onnxruntime-int8" in drift.index
+    assert (smoke[0] / "search/found.html").read_text().count("<figure>") == 4
+
+
+def test_an_unfinished_student_is_named_and_left_out(smoke):
+    assert list(read(smoke, "setup.csv").failed) == ["unfinished-s0"]
+    for table in ("history.csv", "efficiency.csv"):
+        assert set(read(smoke, table).model) == set(STUDENTS)
+    failures, geometry = read(smoke, "failures.csv"), read(smoke, "geometry.csv")
+    assert (failures["rank"] > 1).all() and len(failures)
+    assert geometry.value.between(-1, 1).all()
+
+
+@pytest.mark.parametrize("start_steps", [0, 2])
+def test_the_cells_of_02_train_what_a_job_file_trains(smoke, start_steps, monkeypatch):
+    run, values = smoke
+    monkeypatch.chdir(run.parent.parent / "notebooks")
+    monkeypatch.syspath_prepend(NOTEBOOKS)
+    monkeypatch.setattr(train, "start", lambda job, n: train.run(json.loads(Path(job).read_text())))
+    students = []
+    for processes in (1, 2):
+        variant = f"start{start_steps}-{processes}"
+        changed = {"method": "fd", "stretch": "exact", "start_steps": start_steps}
+        execute("02_train", **values, variant=variant, processes=processes, **changed)
+        assert (run / variant / "job.json").exists() == (processes > 1)
+        students.append(load_folder(run / variant / "student").state_dict())
+    from_cells, from_job = students
+    assert all(from_cells[name].equal(from_job[name]) for name in from_job)
