@@ -1,4 +1,4 @@
-"""JettCLIP: MobileCLIP-sized students with Long-CLIP's 248-token reading, distilled from cached teacher features."""
+"""JettCLIP: small students that read 248 tokens, distilled from cached teacher features."""
 
 import importlib
 

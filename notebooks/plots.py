@@ -257,7 +257,7 @@ def speed(table):
 
 
 def layers(table):
-    """Where the time goes (rows of `timing.layer_times`) -> figure.
+    """Where the time goes (the table of notebook 03) -> figure.
 
     A panel for each tower; for each layer a bar before and after folding.
     """

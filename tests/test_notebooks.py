@@ -135,6 +135,9 @@ def test_a_77_token_model_has_to_guess_what_it_does_not_read(smoke):
 def test_folding_and_export_change_nothing_but_rounding(smoke):
     fold = read(smoke, "fold.csv").iloc[0]
     assert max(fold.image_max_difference, fold.text_max_difference) < 1e-4
+    layers = read(smoke, "layers.csv").set_index("part")[["branches layers", "folded layers"]]
+    assert list(layers.loc["first RepMixer"]) == [8, 4]  # four batch norms fold away
+    assert list(layers.loc["attention 1"]) == [6, 6]  # norms, attention and the MLP have two each
     drift = read(smoke, "drift.csv").set_index("backend")
     assert drift.text_max_difference["onnxruntime"] < 1e-5 and "onnxruntime-int8" in drift.index
     assert (smoke[0] / "search/found.html").read_text().count("<figure>") == 4

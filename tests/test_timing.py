@@ -63,26 +63,3 @@ def test_latency_rows():
     row = both[(both.model == "student") & (both.batch == 2)]
     assert row.p50_ms.item() == pytest.approx(expected) and row.tokens.item() == 62
     assert (both[both.model == "teacher"].ratio_to_teacher == 1).all()
-
-
-@pytest.mark.parametrize("tower", ["length_aware", "longclip"])
-def test_where_the_time_goes(tower):
-    models = {"branches": tiny_model(text_tower=tower).eval()}
-    models["folded"] = jettclip.reparameterize(models["branches"])
-    table = timing.layer_times(models, torch.rand(1, 3, 32, 32), TOKENS[:1], repeats=2)
-    columns = ["tower", "part", "branches ms", "folded ms", "branches layers", "folded layers"]
-    assert list(table.columns) == columns and (table[["branches ms", "folded ms"]] > 0).all(
-        axis=None
-    )
-    table = table.set_index(["tower", "part"])
-    stages = [f"stage {i}" for i in (1, 2, 3, 4)]
-    assert [*table.loc["image"].index] == ["stem", *stages, "last convolution", "head"]
-    text = table.loc["text"]
-    assert text.loc["attention 1", "branches layers"] == 6  # 2 norms, 2 in attention, 2 in the MLP
-    if tower == "longclip":
-        assert list(text.index) == ["embedding", "attention 1", "projection"]
-        return
-    repmixers = ["first RepMixer", "last RepMixer"]
-    assert [*text.index] == ["embedding", repmixers[0], "attention 1", repmixers[1], "projection"]
-    counts = text.loc[repmixers[0], ["branches layers", "folded layers"]]
-    assert counts.tolist() == [8, 4]  # folding removes four batch norms

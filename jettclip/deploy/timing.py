@@ -2,21 +2,14 @@
 
 import statistics
 import time
-from collections import defaultdict
 from functools import partial
-from itertools import pairwise
 
 import pandas as pd
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..text import CONTEXT, HybridText
-
-LAYERS = (_ConvNd, _BatchNorm, nn.Linear, nn.LayerNorm, nn.MultiheadAttention)
+from ..text import CONTEXT
 
 
 def parameters_m(module):
@@ -99,52 +92,3 @@ def both_towers(table, captions):
     first = (both.model == table.model[0]) & (both.backend == table.backend[0])
     teacher = both.batch.map(both[first].set_index("batch").p50_ms)
     return both.assign(tower="both", captions=captions, ratio_to_teacher=teacher / both.p50_ms)
-
-
-@torch.inference_mode()
-def layer_times(models, images, tokens, repeats=20):
-    """Where the time goes in {name: model}, models of one architecture that take turns.
-
-    -> table: tower, part, and for every model `name ms` (median, from the part's start to the next
-    one's) and `name layers` (convolutions, matrix products and norms in the part).
-    """
-    parts, marks, times = {n: model_parts(m) for n, m in models.items()}, [], defaultdict(list)
-
-    def mark(part, *_):
-        marks.append((part, time.perf_counter()))
-
-    # `text.attend` never calls an attention layer itself: it starts with its first norm.
-    starts = [(part, getattr(m, "ln_1", m)) for name in parts for part, m in parts[name].items()]
-    hooks = [module.register_forward_pre_hook(partial(mark, part)) for part, module in starts]
-    for repeat in range(repeats + 2):
-        for name, model in models.items():
-            marks.clear()
-            for tower, batch in ((model.visual, images), (model.text, tokens)):
-                tower(batch)
-                mark("end")
-            for (part, start), (_, end) in pairwise(marks if repeat >= 2 else []):  # 2 warm up
-                times[name, part].append(1e3 * (end - start))
-    for hook in hooks:
-        hook.remove()
-    keys = list(model_parts(model))
-    table = pd.DataFrame(keys, columns=["tower", "part"])
-    for name in models:
-        table[f"{name} ms"] = [statistics.median(times[name, key]) for key in keys]
-    for name in models:
-        layers = [parts[name][key].modules() for key in keys]
-        table[f"{name} layers"] = [sum(isinstance(x, LAYERS) for x in group) for group in layers]
-    return table
-
-
-def model_parts(model):
-    """{(tower, part): module} in running order, of a FastViT and either text tower."""
-    trunk, text, hybrid = model.visual.trunk, model.text, isinstance(model.text, HybridText)
-    parts = {("image", "stem"): trunk.stem}
-    parts |= {("image", f"stage {i}"): stage for i, stage in enumerate(trunk.stages, 1)}
-    parts |= {("image", "last convolution"): trunk.final_conv, ("image", "head"): trunk.head}
-    parts["text", "embedding"] = text.token_embedding
-    parts |= {("text", "first RepMixer"): text.first} if hybrid else {}
-    blocks = text.layers if hybrid else text.transformer.resblocks
-    parts |= {("text", f"attention {i}"): block for i, block in enumerate(blocks, 1)}
-    parts |= {("text", "last RepMixer"): text.last} if hybrid else {}
-    return parts | {("text", "projection"): text.ln_final}
