@@ -126,14 +126,3 @@ def efficiency(history, base, metric="long_t2i_r1"):
     table.insert(1, "against", base)
     table.insert(2, "target", target)
     return table
-
-
-def failures(image, text, rank, n=4, seed=0):
-    """n random texts whose image is not found first -> table: query (row), rank (from 1), first,
-    second, third (rows). image, text (N, d): rows belong together; rank (N,): t2i of `ranks`."""
-    rank = np.asarray(rank)
-    missed = np.flatnonzero(rank > 0)
-    query = np.sort(np.random.default_rng(seed).permutation(missed)[:n])
-    best = (text[query] @ image.T).topk(3, dim=1).indices.numpy()  # (n, 3)
-    columns = ["query", "rank", "first", "second", "third"]
-    return pd.DataFrame(np.column_stack([query, rank[query] + 1, best]), columns=columns)

@@ -227,7 +227,8 @@ def main(argv=None):
             for path, score in found:
                 print(f"{score:.3f}  {shown(path)}")
             if args.html:
-                Path(args.html).write_text(page(args.text, found), encoding="utf-8")
+                content = page(args.text, found)
+                write_then_rename(args.html, lambda file: file.write_text(content, "utf-8"))
         if args.web:
             web(index).launch(server_name="127.0.0.1")
     except KeyboardInterrupt:

@@ -123,11 +123,3 @@ def test_efficiency_by_hand():
         ["fd-s0", "none-s0", 0.3, 20, 40, 1.5, 1.5],
         ["crd-s0", "none-s0", 0.3, 0, 0, 0, 0],  # never
     ]
-
-
-def test_failures_are_failures():
-    image, rank = torch.eye(4), [0, 1, 1, 0]
-    text = torch.tensor([[1.0, 0, 0, 0], [0.9, 0.5, 0.3, 0.1], [0.1, 0.2, 0.3, 0.9], [0, 0, 0, 1]])
-    table = analysis.failures(image, text, rank, n=4)
-    assert table.values.tolist() == [[1, 2, 0, 1, 2], [2, 2, 3, 2, 1]]
-    assert [len(analysis.failures(image, text, r, n=1)) for r in (rank, [0] * 4)] == [1, 0]

@@ -34,14 +34,6 @@ def gmacs(model, tokens=CONTEXT):
     return tuple(counts)
 
 
-@torch.inference_mode()
-def max_difference(model, folded, images, tokens):
-    """Largest absolute difference of two models' normalised features -> (image, text)."""
-    image = model.encode_image(images, True) - folded.encode_image(images, True)
-    text = model.encode_text(tokens, True) - folded.encode_text(tokens, True)
-    return image.abs().max().item(), text.abs().max().item()
-
-
 def benchmark(calls, repeats=20, warmup=3):
     """Time {name: function} in turns, so that a slow moment hits all -> name, p50_ms, p90_ms."""
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
