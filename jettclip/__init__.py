@@ -1,4 +1,4 @@
-"""JettCLIP: MobileCLIP-sized students with Long-CLIP's 248-token reading, distilled from cached teacher features."""
+"""JettCLIP: MobileCLIP-sized students that read 248 tokens, distilled from cached Long-CLIP features."""
 
 import importlib
 
@@ -11,7 +11,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name):  # torch takes seconds to import; `jettclip.pipeline` does without
+def __getattr__(name):  # torch takes seconds to import; `jettclip.deploy.runtime` needs none of it
     if name not in __all__:
         raise AttributeError(f"module 'jettclip' has no attribute {name!r}")
     return getattr(importlib.import_module(".models", __name__), name)
