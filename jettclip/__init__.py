@@ -1,4 +1,4 @@
-"""JettCLIP: MobileCLIP-sized students that read 248 tokens, distilled from cached Long-CLIP features."""
+"""JettCLIP: MobileCLIP-sized students for long captions, distilled from Long-CLIP's features."""
 
 import importlib
 
