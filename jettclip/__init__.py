@@ -11,7 +11,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name):  # torch takes seconds to import; `jettclip.pipeline` does without
+def __getattr__(name):  # torch takes seconds to import; `jettclip.deploy.runtime` needs none of it
     if name not in __all__:
         raise AttributeError(f"module 'jettclip' has no attribute {name!r}")
     return getattr(importlib.import_module(".models", __name__), name)

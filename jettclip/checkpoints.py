@@ -114,11 +114,11 @@ def read_tensors(path):
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        problem = f"refused, as it holds more than tensors ({str(error).splitlines()[0]}). "
-        problem += "Nothing of it was run: ask its author for a state dict or safetensors"
+    except pickle.UnpicklingError:
+        problem = "refused, as it holds more than tensors, and nothing of it was run: "
+        problem += "ask its author for a state dict or safetensors"
     except (SafetensorError, EOFError, OSError, RuntimeError) as error:
-        problem = f"no whole checkpoint ({str(error).splitlines()[0]}): fetch it again"
+        problem = f"no whole checkpoint ({error!r:.100}): fetch it again"
         if "TorchScript" in str(error):
             problem = f"a TorchScript archive: if it is OpenAI's, write pretrained='openai:{path}'"
     raise ValueError(f"{path} is {problem}")

@@ -154,8 +154,8 @@ class TokenBatchNorm(nn.BatchNorm1d):
     def forward(self, x, mask=None):
         if mask is None or not self.training:
             return super().forward(x.flatten(0, 1)).view_as(x)
-        real = mask.unsqueeze(2).to(x.dtype)  # (B, L, 1); masked sums: twice as fast as x[mask]
-        n = mask.sum()
+        x, real = x.to(self.weight), mask.unsqueeze(2).to(self.weight)  # (B, L, 1); from bfloat16
+        n = mask.sum()  # masked sums are twice as fast as x[mask]
         mean = (x * real).sum((0, 1)) / n  # (d,)
         centred = (x - mean) * real
         variance = centred.square().sum((0, 1)) / n

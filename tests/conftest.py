@@ -1,4 +1,4 @@
-"""Shared: a small table of scenes, tiny models, and parameters moved away from their initial values."""
+"""Shared: a small table of scenes, tiny models, and parameters away from their initial values."""
 
 import os
 
@@ -8,33 +8,32 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import jettclip
 from jettclip.data import PairDataset
-from jettclip.models import TEXT_TOWERS
 from jettclip.datasets.scenes import make_pairs
+from jettclip.models import TEXT_TOWERS
 
+# One thread for this process (a worker of pytest-xdist) and for those that its tests start.
 torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+os.environ["OMP_NUM_THREADS"] = "1"
 
-TINY = {
-    "embed_dim": 16,
-    "image_size": 32,
-    "vision_layers": [1, 1, 1, 1],
-    "vision_embed_dims": [16, 16, 32, 32],
-    "text_width": 16,
-    "text_heads": 2,
-    "text_layers": 1,
-}
+TINY = {"embed_dim": 16, "image_size": 32, "text_width": 16, "text_heads": 2, "text_layers": 1}
+TINY |= {"vision_layers": [1, 1, 1, 1], "vision_embed_dims": [16, 16, 32, 32]}
 MODELS_AND_TOWERS = [("LongCLIP-T", None), *(("JettCLIP-T", tower) for tower in TEXT_TOWERS)]
 
 
-def tiny_model(seed=0, **overrides):
+def tiny_model(seed=0, **sizes):
     """JettCLIP-T with a hundredth of its arithmetic."""
     torch.manual_seed(seed)
-    return jettclip.create_model("JettCLIP-T", **{**TINY, **overrides})
+    return jettclip.create_model("JettCLIP-T", **{**TINY, **sizes})
+
+
+def largest(a, b):
+    """The largest absolute difference of two tensors."""
+    return (a - b).abs().max().item()
 
 
 @torch.no_grad()
 def randomise(model, seed=0):
-    """Draw norms and layer scales, which start as constants; -> the model, in evaluation mode."""
+    """Draw norms and layer scales, which start as constants -> the model, in evaluation mode."""
     torch.manual_seed(seed)
     for module in model.modules():
         if isinstance(module, _BatchNorm):

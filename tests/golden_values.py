@@ -1,11 +1,12 @@
-"""Reference outputs recorded by running the published code on weights and inputs that follow from their names.
+"""Outputs of the published code, recorded on weights and inputs that follow from their names.
 
-A tensor's value is a function of its key, so a checkpoint of hundreds of megabytes is a table of keys and shapes.
+A tensor is a function of its key, so a checkpoint is a table of keys and shapes.
 """
 
 import json
 import math
 import zlib
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ def drawn(name, *shape):
     return torch.from_numpy(random_state(name).standard_normal(shape)).float()
 
 
-def _weight(key, shape):
+def _weight(key, *shape):
     if key.endswith("num_batches_tracked"):
         return torch.zeros(shape, dtype=torch.long)
     z = random_state(key).standard_normal(shape)
@@ -45,10 +46,16 @@ def _weight(key, shape):
     return torch.tensor(z, dtype=torch.float32)
 
 
+_text_weight = cache(_weight)  # all MobileCLIPs but S0 have the same
+
+
 def state_dict(name):
     """The checkpoint `name` as its authors publish it: {key: tensor}."""
     shapes = json.loads((GOLDEN / f"{name}.keys.json").read_text())
-    return {key: _weight(key, shape) for key, shape in shapes.items()}
+    return {
+        key: (_text_weight if key.startswith("text_encoder.") else _weight)(key, *shape)
+        for key, shape in shapes.items()
+    }
 
 
 def longclip_tokens(name, n):

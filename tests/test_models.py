@@ -1,13 +1,10 @@
-"""Names become models of the promised sizes, mistakes name the nearest word, folding keeps the outputs."""
-
-import subprocess
-import sys
+"""Names become models of the promised sizes, mistakes name the nearest word, folding is exact."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MODELS_AND_TOWERS, TINY, randomise, tiny_model
+from conftest import MODELS_AND_TOWERS, TINY, largest, randomise, tiny_model
 from PIL import Image
 
 import jettclip
@@ -17,45 +14,32 @@ from jettclip.models import MODELS
 SENTENCES = ["a red ring", "a large blue star on a grey ground, " * 8]
 
 
-def largest(difference):
-    return difference.abs().max().item()
-
-
-def features(model, size=64):
+def outputs(model):
     """Normalised features of two images and two captions."""
-    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    tokens = jettclip.get_tokenizer("JettCLIP-T")(SENTENCES)
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        return model.encode_image(images, True), model.encode_text(tokens, True)
+        return model(images, jettclip.get_tokenizer("JettCLIP-T")(SENTENCES))[:2]
 
 
-def test_list_models():
-    assert {"JettCLIP-T", "LongCLIP-T"} <= set(jettclip.list_models())
+def test_names():
+    assert {"JettCLIP-T", "LongCLIP-T", "LongCLIP", "MobileCLIP2-S4"} <= {*jettclip.list_models()}
 
 
 @pytest.mark.parametrize(
-    "arguments, nearest",
+    "name, asked, problem",
     [
-        (("JetCLIP-T",), "model 'JetCLIP-T' is unknown: did you mean 'JettCLIP-T'"),
-        (("longclip-T",), "did you mean 'LongCLIP-T'"),
-        (
-            ("JettCLIP-T", None, "cpu", "lenght_aware"),
-            "tower 'lenght_aware' is unknown: .* 'length_aware'",
-        ),
+        ("JetCLIP-T", {}, "model 'JetCLIP-T' is unknown: did you mean 'JettCLIP-T'"),
+        ("longclip-T", {}, "did you mean 'LongCLIP-T'"),
+        ("JettCLIP-T", {"text_tower": "lenght_aware"}, "tower 'lenght_aware' .* 'length_aware'"),
+        ("LongCLIP-B", {"text_tower": "stretched"}, "has its published text tower, longclip"),
+        ("JettCLIP-T", {"imagesize": 32}, "of JettCLIP-T 'imagesize' .* did you mean 'image_size'"),
+        ("LongCLIP-T", {"textwidth": 64}, "did you mean 'text_width'"),
+        ("LongCLIP", {}, "LongCLIP has the sizes of its file"),
     ],
 )
-def test_unknown_names(arguments, nearest):
-    with pytest.raises(ValueError, match=nearest):
-        jettclip.create_model(*arguments)
-
-
-def test_unknown_override():
-    with pytest.raises(
-        ValueError, match="of JettCLIP-T 'imagesize' is unknown: did you mean 'image_size'"
-    ):
-        jettclip.create_model("JettCLIP-T", imagesize=32)
-    with pytest.raises(ValueError, match="did you mean 'text_width'"):
-        jettclip.create_model("LongCLIP-T", textwidth=64)
+def test_mistakes_are_named(name, asked, problem):
+    with pytest.raises(ValueError, match=problem):
+        jettclip.create_model(name, **asked)
 
 
 @pytest.mark.parametrize("name, tower", MODELS_AND_TOWERS)
@@ -69,31 +53,18 @@ def test_encoding(name, tower):
     assert image.shape == text.shape == (2, model.config["embed_dim"])
     assert torch.allclose(normal_image, F.normalize(image, dim=1))
     assert torch.allclose(normal_text, F.normalize(text, dim=1))
-    assert torch.allclose(normal_text.norm(dim=1), torch.ones(2))
     assert scale.item() == pytest.approx(1 / 0.07)
-    with pytest.raises(ValueError, match=r"\(2, 249\): this model reads \(B, up to 248\)"):
-        model.encode_text(torch.ones(2, 249, dtype=torch.long))
+    assert 5e5 < sum(p.numel() for p in model.visual.parameters()) < 1.5e6
 
 
-def test_overrides():
-    model = jettclip.create_model("JettCLIP-T", **{**TINY, "context_length": 77}).eval()
+def test_sizes():
+    model = tiny_model(context_length=77).eval()
     tokens = torch.tensor([[49406, 5, 49407]])
     image, text = model.encode_image(torch.rand(1, 3, 32, 32)), model.encode_text(tokens)
     assert image.shape == text.shape == (1, 16)
     assert model.text.positional_embedding.shape == (77, 16) and model.image_size == 32
-    with pytest.raises(ValueError, match="up to 77"):
-        model.encode_text(torch.ones(1, 78, dtype=torch.long))
-    untouched = MODELS["JettCLIP-T"]
-    assert untouched["embed_dim"] != 16 and untouched["text_cfg"]["context_length"] == 248
+    assert MODELS["JettCLIP-T"]["text_cfg"]["context_length"] == 248
     assert jettclip.get_tokenizer("JettCLIP-T", 77)("a ring").shape == (1, 77)
-
-
-def test_the_student_is_small():
-    assert (
-        0.5e6
-        < sum(p.numel() for p in jettclip.create_model("JettCLIP-T").visual.parameters())
-        < 1.5e6
-    )
 
 
 def test_run_folder_must_agree_with_what_is_asked(tmp_path):
@@ -114,36 +85,30 @@ def test_run_folder_must_agree_with_what_is_asked(tmp_path):
 @pytest.mark.parametrize("name, tower", MODELS_AND_TOWERS)
 def test_reparameterize(name, tower):
     model = randomise(jettclip.create_model(name, text_tower=tower))
-    before = features(model)
+    before = outputs(model)
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    model.train()
-
-    folded = jettclip.reparameterize(model)
-    assert model.training and model.state_dict().keys() == state.keys()
+    folded = jettclip.reparameterize(model.train())
+    assert model.training and not folded.training and model.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert not folded.training
-    for one, other in zip(before, features(folded)):
-        assert largest(one - other) < 1e-5
-    if name == "JettCLIP-T":
-        parameters = [sum(p.numel() for p in one.visual.parameters()) for one in (folded, model)]
-        assert parameters[0] < parameters[1] and len(folded.state_dict()) < len(state)
-
+    for features, expected in zip(outputs(folded), before, strict=True):
+        assert largest(features, expected) < 1e-5
+    parameters = [sum(p.numel() for p in m.visual.parameters()) for m in (folded, model)]
+    assert parameters[0] < parameters[1] and len(folded.state_dict()) < len(state)
     again = jettclip.reparameterize(folded)
-    for one, other in zip(features(folded), features(again)):
-        assert torch.equal(one, other)
+    for features, expected in zip(outputs(again), outputs(folded), strict=True):
+        assert torch.equal(features, expected)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P", "1", "CMYK"])
-@pytest.mark.parametrize("size", [(80, 50), (20, 33)])
-def test_preprocessing(mode, size):
+def test_preprocessing(mode):
     _, train, val = jettclip.create_model_and_transforms("JettCLIP-T", **TINY)
-    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels).convert(mode)
-    for transform in (train, val):
-        tensor = transform(image)
-        assert tensor.shape == (3, 32, 32) and tensor.dtype == torch.float32
-        assert 0 <= tensor.min() and 0.3 < tensor.max() <= 1
-    assert torch.equal(val(image), val(image.convert("RGB")))
+    for size in ((80, 50), (20, 33)):
+        pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels).convert(mode)
+        for tensor in (train(image), val(image)):
+            assert tensor.shape == (3, 32, 32) and tensor.dtype == torch.float32
+            assert tensor.min() >= 0 and 0.3 < tensor.max() <= 1
+        assert torch.equal(val(image), val(image.convert("RGB")))
 
 
 def test_pixels_are_scaled_and_nothing_else():
@@ -156,17 +121,12 @@ def test_pixels_are_scaled_and_nothing_else():
 
 @pytest.mark.parametrize("size", [64, 96, 128])
 def test_sizes_at_which_a_channels_last_stem_crashed(size):
-    """In a process of its own, as that is what oneDNN's bug would end; and with the plain format's gradient."""
-    code = f"""
-import torch, jettclip
-gradients = []
-for memory_format in (torch.contiguous_format, torch.channels_last):
-    torch.manual_seed(0)
-    model = jettclip.create_model("JettCLIP-T").to(memory_format=memory_format).train()
-    images = torch.rand(4, 3, {size}, {size}, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=memory_format)
-    model.encode_image(images).square().sum().backward()
-    gradients.append(model.visual.trunk.stem[0].conv_scale.conv.weight.grad)
-print(torch.allclose(*gradients, rtol=1e-3, atol=1e-4 * gradients[0].abs().max().item()))
-"""
-    step = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert step.returncode == 0 and step.stdout.strip() == "True", step.stderr + step.stdout
+    """oneDNN's bug would end the process; the gradient must be that of the plain format."""
+    gradients = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = jettclip.create_model("JettCLIP-T").to(memory_format=layout).train()
+        images = torch.rand(4, 3, size, size).contiguous(memory_format=layout)
+        model.encode_image(images).square().sum().backward()
+        gradients.append(model.visual.trunk.stem[0].conv_scale.conv.weight.grad)
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-4 * gradients[0].abs().max().item())
