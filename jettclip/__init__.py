@@ -2,13 +2,8 @@
 
 import importlib
 
-__all__ = [
-    "create_model",
-    "create_model_and_transforms",
-    "get_tokenizer",
-    "list_models",
-    "reparameterize",
-]
+PUBLIC = "create_model create_model_and_transforms get_tokenizer list_models reparameterize"
+__all__ = PUBLIC.split()
 
 
 def __getattr__(name):  # torch takes seconds to import; `jettclip.deploy.runtime` needs none of it

@@ -1,4 +1,4 @@
-"""Why a model is good or bad: swapped words, its teacher's geometry, its training, its failures."""
+"""Why a model is good or bad: swapped words, its teacher's geometry, its training."""
 
 import re
 from functools import cache
@@ -10,15 +10,17 @@ import torch
 
 from .text import tokenizer
 
-WORDS = {
-    "colour": "red blue green yellow black white brown pink purple grey gray",
-    "number": "two three four five six seven eight nine ten",
-}
-OPPOSITES = ("small large", "big little", "tiny huge", "tall short", "wide narrow")
+COLOURS = "red blue green yellow black white brown pink purple grey gray"
+NUMBERS = "two three four five six seven eight nine ten"
+PAIRS = ("small large", "big little", "tiny huge", "tall short", "wide narrow")
 # word -> (attribute, the words that may replace it)
 SWAPS = {
     word: (attribute, [w for w in words.split() if w != word and {w, word} != {"grey", "gray"}])
-    for attribute, words in (*WORDS.items(), *(("size", pair) for pair in OPPOSITES))
+    for attribute, words in (
+        ("colour", COLOURS),
+        ("number", NUMBERS),
+        *(("size", p) for p in PAIRS),
+    )
     for word in words.split()
 }
 encoder = cache(lambda: tokenizer().encode)  # reads its vocabulary once
@@ -72,12 +74,8 @@ def linear_cka(x, y, keep=None):
 
     def hsic(k, m):
         k_sums, m_sums, products = (keep * (keep @ matrix) for matrix in (k, m, k * m))  # (B, N)
-        total = (
-            products.sum(1)
-            + k_sums.sum(1) * m_sums.sum(1) / ((n - 1) * (n - 2))
-            - 2 * (k_sums * m_sums).sum(1) / (n - 2)
-        )
-        return total / (n * (n - 3))
+        total = products.sum(1) + k_sums.sum(1) * m_sums.sum(1) / ((n - 1) * (n - 2))
+        return (total - 2 * (k_sums * m_sums).sum(1) / (n - 2)) / (n * (n - 3))
 
     return hsic(x_x, y_y) / (hsic(x_x, x_x) * hsic(y_y, y_y)).sqrt()
 

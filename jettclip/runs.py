@@ -82,8 +82,7 @@ class Run:
         table, self.saved = pd.DataFrame(self.history), time.monotonic()
         write_then_rename(self.folder / "history.csv", lambda path: table.to_csv(path, index=False))
 
-    def minute_passed(self):
-        """Whether the last checkpoint is a minute old."""
+    def minute_passed(self):  # since the last checkpoint
         return time.monotonic() - self.saved > SAVE_SECONDS
 
     def log(self, loss, terms, validate):

@@ -50,7 +50,6 @@ class Config:
     components: int = 32
     label_smoothing: float = 0.1
     teacher_scale: float = 100.0
-    learn_scale: bool = True
     frozen_positions: int = 0  # first rows of the text's position table (Long-CLIP: 20)
     bf16: bool = False
     eval_every: int = 50
@@ -175,7 +174,6 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=tqdm.w
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         heads = Heads(config.method, width, sum(widths) or width).to(device)
-    model.logit_scale.requires_grad_(config.learn_scale)
     trained = [*model.parameters(), *heads.parameters()]
     optimizer = optimizer_of(model, config, heads)
     run = Run(folder, config, model, heads, optimizer, report)
