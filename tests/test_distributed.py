@@ -9,13 +9,10 @@ from unittest import mock
 import pytest
 import torch
 from conftest import tiny_model
-from processes import fork_group, join
+from training import fork_group, join, make_data, quiet
 
 from jettclip import create_model, train
-from jettclip.data import PairDataset, draw_crops
-from jettclip.datasets.scenes import make_pairs
 from jettclip.distributed import in_processes, is_first, torchrun
-from jettclip.features import FeatureCache
 from jettclip.losses import METHODS
 from jettclip.train import Config, fit, optimizer_of
 
@@ -27,19 +24,15 @@ FEW = [("none", "both", 16), ("crd+fd", "long", 16), (ALL, "both", 16), (ALL, "b
 CASES = {2: FEW + [(method, "both", 16) for method in METHODS], 3: FEW}
 
 
-def make_data(folder):
-    table = make_pairs(ROWS, seed=1, size=32)
-    dataset = PairDataset(table, 32, crops=draw_crops(ROWS, 2, seed=0, smallest=0.5, flip=True))
-    caches = {}
-    for width in (16, 24):
-        cache = folder / str(width), tiny_model(seed=1, embed_dim=width), "t", table, dataset
-        caches[width] = FeatureCache.build(*cache, report=lambda line: None)
-    return dataset, caches
+def make_all(folder):
+    """{width: (dataset, the teacher's cache)}"""
+    return {width: make_data(folder, ROWS, width) for width in (16, 24)}
 
 
 def gradients(data, folder, case, chunk=0):
     """Gradients of model and heads in the first step of a run."""
-    (dataset, caches), (method, pairs, width), made = data, case, {}
+    (method, pairs, width), made = case, {}
+    dataset, cache = data[width]
 
     def keep(model, config, heads):
         made.update({"model": model, "heads": heads})
@@ -49,7 +42,7 @@ def gradients(data, folder, case, chunk=0):
     model, settings = create_model("LongCLIP-B", **SIZES), {"method": method, "pairs": pairs}
     config = Config(1, ROWS, chunk, components=4, teacher_scale=20.0, **settings)
     with mock.patch.object(train, "optimizer_of", keep):
-        fit(model, config, dataset, folder, caches[width], report=lambda line: None)
+        fit(model, config, dataset, folder, cache, report=quiet)
     parameters = {f"{module} {n}": p for module in made for n, p in made[module].named_parameters()}
     return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
 
@@ -62,13 +55,8 @@ def largest_difference(a, b):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("caches")
-
-
-@pytest.fixture(scope="module")
-def data(folder):
-    return make_data(folder)
+def data(tmp_path_factory):
+    return make_all(tmp_path_factory.mktemp("caches"))
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +67,17 @@ def alone(data, tmp_path_factory):
 
 def compute(job, report):
     """What a process of the group does."""
-    folder, result, cases = job
-    torch.set_num_threads(1)
-    data = make_data(folder)
+    caches, result, cases = job
+    data = make_all(caches)  # opens them
     found = [gradients(data, result / str(number), case) for number, case in enumerate(cases)]
     if is_first():
         torch.save(found, result / "gradients.pt")
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_processes(processes, folder, alone, tmp_path):
-    cases = CASES[processes]
-    join(fork_group(processes, in_processes, compute, (folder, tmp_path, cases)))
+def test_processes(processes, data, alone, tmp_path):
+    cases, caches = CASES[processes], data[16][1].folder.parent
+    join(fork_group(processes, in_processes, compute, (caches, tmp_path, cases)))
     found = torch.load(tmp_path / "gradients.pt", weights_only=True)
     for case, gradient in zip(cases, found, strict=True):
         assert largest_difference(alone[case], gradient) < 1e-5, case
@@ -105,9 +92,9 @@ def test_chunks(case, data, alone, tmp_path):
 
 
 def test_batch_norm_remembers_a_chunk_once(data, tmp_path):
-    (dataset, caches), model = data, tiny_model()
+    (dataset, cache), model = data[16], tiny_model()
     config = Config(steps=3, batch_size=ROWS, method="crd", components=4, chunk=4)
-    fit(model, config, dataset, tmp_path, caches[16], report=lambda line: None)
+    fit(model, config, dataset, tmp_path, cache, report=quiet)
     norms = [m for m in model.visual.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert {int(norm.num_batches_tracked) for norm in norms} == {3 * 3}
 

@@ -43,18 +43,10 @@ def relative(value, reference):
     return ((value - reference).norm() / reference.norm()).item()
 
 
-# ---- primary components
+TOLERANCES = [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.float16, 2e-2)]
 
 
-def test_components_agree_with_long_clip():
-    image = F.normalize(golden("image_features", LONGCLIP), dim=1)
-    assert (primary_components(image) - golden("pca32", LONGCLIP)).abs().max() < 1e-5
-    half = primary_components(image.half())
-    assert half.dtype == torch.float16
-    assert torch.allclose(half.float(), golden("pca32", LONGCLIP), atol=2e-3)
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("dtype, tolerance", TOLERANCES)
 @pytest.mark.parametrize("rows, width", [(40, 24), (16, 64), (30, 30)])
 def test_components_and_gradient_agree_with_svd(rows, width, dtype, tolerance):
     exact = F.normalize(drawn("rows", rows, width).double(), dim=1).requires_grad_()
@@ -108,9 +100,6 @@ def test_a_nan_reaches_the_loss(rows, width):
     assert total_loss(student, None, 10.0, components=5)[0].isnan()
 
 
-# ---- contrastive
-
-
 def test_contrastive_by_hand():
     """Cosines [[1, 0], [0.6, 0.8]] times 5; smoothed, the wrong of two classes weighs 0.1 / 2."""
     image, text = torch.tensor([[2.0, 0.0], [0.6, 0.8]]), torch.tensor([[7.0, 0.0], [0.0, 0.1]])
@@ -121,14 +110,6 @@ def test_contrastive_by_hand():
     assert near(contrastive_loss(torch.eye(2), torch.eye(2), 3.0, label_smoothing=0.1), expected)
 
 
-def test_contrastive_agrees_with_published_code():
-    for name, smoothing in (("jett/CRD/contrastive", 0.1), ("clipkd/same/task", 0.0)):
-        assert near(contrastive_loss(*STUDENT, 1 / 0.07, smoothing), golden(name))
-
-
-# ---- distillation
-
-
 CLIP_KD = [name.split("/")[1:] for name in LOSSES.files if name.startswith("clipkd")]
 
 
@@ -137,12 +118,11 @@ def test_distillation_agrees_with_clip_kd(kind, method):
     """With the learned maps that the recorded values were computed with."""
     width, image = {"same": 32, "wide": 48}[kind], STUDENT[0].clone().requires_grad_()
     teacher = [F.normalize(drawn(f"t_{side}_{kind}", 24, width), dim=1) for side in ("img", "txt")]
-    heads = Heads(method, 32, width)
-    names = {"image": "visual", "text": "text", "fuse_image": "visual_fusion"}
-    names["fuse_text"] = "text_fusion"
+    heads, proj = Heads(method, 32, width), {"image": "visual_proj", "text": "text_proj"}
+    proj |= {"fuse_image": "visual_fusion_proj", "fuse_text": "text_fusion_proj"}
     for name, parameter in heads.named_parameters():
         module, key = name.split(".")
-        parameter.data = golden(f"clipkd/{kind}/param/{names[module]}_proj.{key}")
+        parameter.data = golden(f"clipkd/{kind}/param/{proj[module]}.{key}")
     loss = distill_loss(method, image, STUDENT[1], *teacher, heads=heads, **SCALES)
     loss.backward()
     assert near(loss, golden(f"clipkd/{kind}/{method}"))
@@ -175,15 +155,9 @@ def test_total_agrees_with_the_first_jettclip(name, method, factor):
     assert relative(image.grad, golden(f"jett/{name}/grad_s_img")) < 1e-4
 
 
-def test_crd_of_wide_and_of_two_teachers():
-    """Of equal ones, nothing changes; no widths need to agree."""
-    crd = partial(distill_loss, "crd", *STUDENT, **SCALES)
-    assert near(crd(*WIDE, teacher_widths=[32, 32]), crd(*TEACHER), rel=1e-5)
-    assert near(crd(*WIDE), crd(*TEACHER), rel=1e-5)  # cosines of doubled features are equal
-
-
 def test_sum_of_methods():
     fd, crd = (distill_loss(method, *STUDENT, *TEACHER, **SCALES) for method in ("fd", "crd"))
+    assert near(distill_loss("crd", *STUDENT, *WIDE, **SCALES), crd)  # it needs no heads
     assert torch.allclose(distill_loss("crd+fd", *STUDENT, *TEACHER, **SCALES), crd + fd)
     factors = {"fd": 10.0, "crd": 0.5}
     weighted = distill_loss("fd+crd", *STUDENT, *TEACHER, **SCALES, method_weights=factors)
@@ -191,15 +165,11 @@ def test_sum_of_methods():
     assert distill_loss("none", *STUDENT, *TEACHER, **SCALES) == 0
 
 
-@pytest.mark.parametrize(
-    "method, teacher, error",
-    [
-        ("crd+fdd", TEACHER, "distillation method .* did you mean 'fd'"),
-        ("non", TEACHER, "did you mean 'none'"),
-        ("afd", TEACHER, "afd of widths .* needs heads=Heads"),
-        ("fd", WIDE, "fd of widths .* needs heads=Heads"),
-    ],
-)
+REFUSED = [("crd+fdd", TEACHER, "distillation method .* did you mean 'fd'")]
+REFUSED += [("afd", TEACHER, "afd of widths .* needs heads=Heads"), ("fd", WIDE, "needs heads")]
+
+
+@pytest.mark.parametrize("method, teacher, error", REFUSED)
 def test_what_is_refused(method, teacher, error):
     with pytest.raises(ValueError, match=error):
         distill_loss(method, *STUDENT, *teacher, **SCALES)
@@ -232,19 +202,6 @@ def test_masked_feature_distillation_is_of_the_long_side():
             total_loss(features, TAUGHT, 10.0, method=method)
 
 
-@pytest.mark.parametrize("method", ["fd", "crd", "crd+fd", "cross_kd", "gd"])
-def test_a_perfect_student_has_no_distillation_loss(method):
-    """At equal scales, whatever the lengths of its features."""
-    image, text = (3 * f for f in TEACHER)
-    image.requires_grad_()
-    loss = distill_loss(method, image, text, *TEACHER, student_scale=50.0, teacher_scale=50.0)
-    loss.backward()
-    assert loss.item() == pytest.approx(0, abs=1e-6) and image.grad.abs().max() < 1e-5
-
-
-# ---- total
-
-
 def test_total_by_its_terms():
     settings = {"teacher_scale": 30.0, "method_weights": {"fd": 20.0}}
     loss, terms = total_loss(
@@ -274,21 +231,18 @@ def test_total_does_not_depend_on_lengths():
         assert near(total(student, teacher)[0], loss, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "names, settings",
-    [
-        ("contrastive_long contrastive_short", {}),
-        ("contrastive_long", {"weights": (1, 0, 0, 0)}),
-        ("contrastive_long contrastive_short distill_long", {"method": "crd", "pairs": "long"}),
-        ("contrastive_long distill_long distill_short", {"method": "fd", "weights": (1, 0, 1, 1)}),
-    ],
-)
-def test_which_terms_there_are(names, settings):
-    loss, terms = total_loss(LONG_AND_SHORT, TAUGHT, 10.0, components=6, **settings)
+TERMS = {
+    "contrastive_long contrastive_short": {},
+    "contrastive_long": {"weights": (1, 0, 0, 0)},
+    "contrastive_long contrastive_short distill_long": {"method": "crd", "pairs": "long"},
+    "contrastive_long distill_long distill_short": {"method": "fd", "weights": (1, 0, 1, 1)},
+}
+
+
+@pytest.mark.parametrize("names", TERMS)
+def test_which_terms_there_are(names):
+    loss, terms = total_loss(LONG_AND_SHORT, TAUGHT, 10.0, components=6, **TERMS[names])
     assert " ".join(terms) == names and torch.isfinite(loss)
-
-
-# ---- a Long-CLIP model from weights to gradients
 
 
 def test_longclip(tmp_path):
@@ -298,10 +252,7 @@ def test_longclip(tmp_path):
     captions = (longclip_tokens(name, 40) for name in ("long", "short"))
     features = model.encode_image(drawn("image", 40, 3, 64, 64)), *map(model.encode_text, captions)
     for name, value in zip(("image", "long", "short"), features, strict=True):
-        reference = golden(f"{name}_features", LONGCLIP)
-        assert F.cosine_similarity(value, reference).min() > 0.99999
-        assert relative(value.detach(), reference) < 1e-5
-
+        assert relative(value.detach(), golden(f"{name}_features", LONGCLIP)) < 1e-5
     loss, terms = total_loss(features, None, model.logit_scale.exp(), weights=(1, 1, 0, 0))
     assert near(terms["contrastive_long"], LONGCLIP["loss_long"])
     assert near(terms["contrastive_short"], LONGCLIP["loss_short"])

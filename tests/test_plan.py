@@ -65,6 +65,8 @@ def root(tmp_path):
         "jettclip/train.py": "from . import models\n",
         "jettclip/search.py": "",
         "report/build.py": "open('report/build/report.pdf', 'w')",
+        "papermill/__init__.py": "",
+        "papermill/__main__.py": PAPERMILL,
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -74,9 +76,6 @@ def root(tmp_path):
         write_notebook(tmp_path, name)
     write_notebook(tmp_path, "02_train", "from jettclip import train")
     return tmp_path
-
-
-# ---- profiles
 
 
 def test_variants_by_hand():
@@ -171,9 +170,6 @@ def test_code_hash_follows_what_is_imported(root, name, text, counts):
     assert (workflow.plan("tiny", root)["fd-both-s0"].code_hash != before) == counts
 
 
-# ---- Snakemake
-
-
 def snakemake(root, *flags, config=(), **environment):
     flags = ("--cores", "1", *flags, "--config", "profile=tiny", *config)
     environment = {**os.environ, "PYTHONPATH": str(root), **environment}
@@ -188,61 +184,53 @@ def finish(process):
     return process.returncode, re.findall(r"^started (\S+)$", output, re.M), output
 
 
-@pytest.fixture
-def quick(root):
-    (root / "papermill").mkdir()
-    (root / "papermill/__init__.py").touch()
-    (root / "papermill/__main__.py").write_text(PAPERMILL)
-    return root
-
-
-def test_only_what_changed_or_failed_runs_again(quick):
+def test_only_what_changed_or_failed_runs_again(root):
     code = "from jettclip import train\nassert method != train.fails, 'no fd today'"
-    write_notebook(quick, "02_train", code)
-    (quick / "jettclip/train.py").write_text("fails = 'fd'")
-    code, steps, output = finish(snakemake(quick, "--keep-going"))
+    write_notebook(root, "02_train", code)
+    (root / "jettclip/train.py").write_text("fails = 'fd'")
+    code, steps, output = finish(snakemake(root, "--keep-going"))
     assert code == 1 and output.count("AssertionError: no fd today") == 3  # two retries
     assert "hello from tiny" in output and set(steps) == {*STEPS[:4]}, output
-    code, steps, _ = finish(snakemake(quick, config=["finished_only=1"]))
+    code, steps, _ = finish(snakemake(root, config=["finished_only=1"]))
     assert code == 0 and sorted(steps) == sorted(STEPS[4:])  # the report without a student
 
-    write_notebook(quick, "00_data", prose="Better prose.")  # and with it the time of the file
-    (quick / "jettclip/search.py").write_text("x = 1")  # imported by none
-    assert finish(snakemake(quick, config=["finished_only=1"]))[:2] == (0, [])
+    write_notebook(root, "00_data", prose="Better prose.")  # and with it the time of the file
+    (root / "jettclip/search.py").write_text("x = 1")  # imported by none
+    assert finish(snakemake(root, config=["finished_only=1"]))[:2] == (0, [])
 
-    (quick / "jettclip/train.py").write_text("fails = 'none'")
-    write_notebook(quick, "03_reparameterize", "1 / 0")
-    code, steps, output = finish(snakemake(quick))
+    (root / "jettclip/train.py").write_text("fails = 'none'")
+    write_notebook(root, "03_reparameterize", "1 / 0")
+    code, steps, output = finish(snakemake(root))
     assert code == 1 and set(steps) >= {*STEPS[2:4], "deploy"} and not {*STEPS[:2]} & {*steps}
     assert "ZeroDivisionError" in output and "runs/tiny/deploy/03_reparameterize.ipynb" in output
-    write_notebook(quick, "03_reparameterize", "1 / 1")
-    code, again, _ = finish(snakemake(quick))  # what follows runs too, though that took two calls
+    write_notebook(root, "03_reparameterize", "1 / 1")
+    code, again, _ = finish(snakemake(root))  # what follows runs too, though that took two calls
     assert code == 0 and sorted(steps + again) == sorted([*STEPS[2:], "deploy"])
 
 
-def test_killed_and_started_again(quick):
+def test_killed_and_started_again(root):
     """What the run folder holds stays; what outlived the kill is waited for; then all goes on."""
     waiting = "import os, pathlib, time\nopen(f'{variant}.pid', 'w').write('x')\n"
     waiting += "while not pathlib.Path('go').exists():\n    time.sleep(0.05)"
-    write_notebook(quick, "02_train", waiting)
-    checkpoint = quick / "runs/tiny/fd-both-s0/last.ckpt"
-    first = snakemake(quick)
-    while not (quick / "notebooks/fd-both-s0.pid").exists():
+    write_notebook(root, "02_train", waiting)
+    checkpoint = root / "runs/tiny/fd-both-s0/last.ckpt"
+    first = snakemake(root)
+    while not (root / "notebooks/fd-both-s0.pid").exists():
         time.sleep(0.05)
     checkpoint.write_text("half trained")
 
-    untrained = snakemake(quick, config=["finished_only=1"])
-    code, steps, output = finish(snakemake(quick))
+    untrained = snakemake(root, config=["finished_only=1"])
+    code, steps, output = finish(snakemake(root))
     assert code == 1 and not steps and output.count("error: profile tiny runs already") == 1
     code, _, output = finish(untrained)
     assert code == 1 and "error: tiny: no student is trained" in output
     first.kill()
     first.wait()
 
-    second = snakemake(quick)
+    second = snakemake(root)
     lines = iter(second.stdout.readline, "")
     assert any("waiting for the process that runs this notebook" in line for line in lines)
-    (quick / "notebooks/go").touch()
+    (root / "notebooks/go").touch()
     code, steps, output = finish(second)
     assert code == 0 and steps == ["fd-both-s0", "crd-both-s0", *steps[2:]], output
     assert checkpoint.read_text() == "half trained"
@@ -250,6 +238,7 @@ def test_killed_and_started_again(quick):
 
 def test_papermill_executes_in_this_python(root):
     """The kernel is this interpreter, prints appear, numbers arrive, a failed copy stays."""
+    shutil.rmtree(root / "papermill")
     spec = {"argv": ["/bin/false"], "display_name": "x", "language": "python"}
     (root / "home/kernels/python3").mkdir(parents=True)
     (root / "home/kernels/python3/kernel.json").write_text(json.dumps(spec))
