@@ -26,7 +26,7 @@ TEACHER = tuple(F.normalize(drawn(name, 24, 32), dim=1) for name in ("t_img_same
 SCALES = {"student_scale": 1 / 0.07, "teacher_scale": 100.0}
 LONG_AND_SHORT = *STUDENT, drawn("s_short", 24, 32)
 WIDE = [torch.cat([side, side], dim=1) for side in TEACHER]
-TAUGHT = *TEACHER, F.normalize(drawn("t_short", 24, 32), dim=1)
+TAUGHT = *(2 * f for f in TEACHER), drawn("t_short", 24, 32)  # lengths should not matter
 
 
 def golden(name, file=LOSSES):
@@ -195,7 +195,7 @@ def test_masked_feature_distillation_is_of_the_long_side():
     student = *LONG_AND_SHORT, drawn("masked", 24, 32)
     _, terms = total_loss(student, TAUGHT, 10.0, method="mfd")
     assert terms.keys() == {"contrastive_long", "contrastive_short", "distill_long"}
-    expected = 1.5 * F.mse_loss(F.normalize(student[3], dim=1), TAUGHT[0])
+    expected = 1.5 * F.mse_loss(F.normalize(student[3], dim=1), TEACHER[0])
     assert terms["distill_long"].item() == pytest.approx(expected.item(), rel=1e-5)
     for features, method in ((LONG_AND_SHORT, "mfd"), (student, "crd")):
         with pytest.raises(ValueError, match="needs a fourth student feature"):
@@ -223,26 +223,13 @@ def test_total_by_its_terms():
     assert near(loss, sum(expected.values()), rel=1e-5)
 
 
-def test_total_does_not_depend_on_lengths():
-    total = partial(total_loss, scale=10.0, method="crd+fd", components=6)
-    loss, _ = total(LONG_AND_SHORT, TAUGHT)
-    longer = [torch.linspace(0.5, 2, 24)[:, None] * f for f in TAUGHT]
-    for student, teacher in (([3 * f for f in LONG_AND_SHORT], TAUGHT), (LONG_AND_SHORT, longer)):
-        assert near(total(student, teacher)[0], loss, rel=1e-5)
-
-
-TERMS = {
-    "contrastive_long contrastive_short": {},
-    "contrastive_long": {"weights": (1, 0, 0, 0)},
-    "contrastive_long contrastive_short distill_long": {"method": "crd", "pairs": "long"},
-    "contrastive_long distill_long distill_short": {"method": "fd", "weights": (1, 0, 1, 1)},
-}
-
-
-@pytest.mark.parametrize("names", TERMS)
-def test_which_terms_there_are(names):
-    loss, terms = total_loss(LONG_AND_SHORT, TAUGHT, 10.0, components=6, **TERMS[names])
-    assert " ".join(terms) == names and torch.isfinite(loss)
+def test_which_terms_there_are():
+    total = partial(total_loss, LONG_AND_SHORT, TAUGHT, 10.0, components=6)
+    assert list(total(weights=(1, 0, 0, 0))[1]) == ["contrastive_long"]
+    terms = total(method="fd", weights=(1, 0, 1, 1))[1]
+    assert list(terms) == ["contrastive_long", "distill_long", "distill_short"]
+    terms = total(method="crd", pairs="long")[1]
+    assert list(terms) == ["contrastive_long", "contrastive_short", "distill_long"]
 
 
 def test_longclip(tmp_path):
