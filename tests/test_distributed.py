@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import tiny_model
-from training import fork_group, join, make_data, quiet
+from training import make_data, quiet, run_group
 
 from jettclip import create_model, train
 from jettclip.distributed import in_processes, is_first, torchrun
@@ -77,7 +77,7 @@ def compute(job, report):
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes(processes, data, alone, tmp_path):
     cases, caches = CASES[processes], data[16][1].folder.parent
-    join(fork_group(processes, in_processes, compute, (caches, tmp_path, cases)))
+    run_group(processes, in_processes, compute, (caches, tmp_path, cases))
     found = torch.load(tmp_path / "gradients.pt", weights_only=True)
     for case, gradient in zip(cases, found, strict=True):
         assert largest_difference(alone[case], gradient) < 1e-5, case

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import MODELS_AND_TOWERS, tiny_model
-from training import FORK, fork, fork_group, join, make_data, quiet
+from training import fork, make_data, quiet, run_group
 
 from jettclip import create_model, runs, train
 from jettclip.data import PairDataset
@@ -68,63 +68,46 @@ def same(folder, reference):
     return weights(folder) == weights(reference) and history(folder).equals(history(reference))
 
 
-def train_and_die(folder, cache, pipe):
-    """Wait for a word after step 3, and end at step 6."""
-
-    def report(line):
-        if "step 3/8" in line:
-            pipe.send(line)
-            pipe.recv()
-        if "step 6/8" in line:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    run(folder, make_data(cache.parent, 20), report)
-
-
-def test_killed_run_ends_with_the_same_weights(whole, data, tmp_path, monkeypatch):
-    """While it lives, no second process may train in its folder."""
-    monkeypatch.setattr(runs, "LOCK_SECONDS", 0)
-    folder, lines, (pipe, end) = tmp_path / "student", [], FORK.Pipe()
-    process = fork(train_and_die, folder, data[1].folder, end)
-    assert pipe.poll(300) and "student step 3/8" in pipe.recv()
-    with pytest.raises(RuntimeError, match="another process trains in .*student"):
-        run(folder, data)
-    pipe.send("go on")
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert not (folder / "student").exists()  # step 6 was reported, and step 4 saved last
-
-    run(folder, data, report=lines.append)
-    steps = [line.split(" loss")[0] for line in lines]
-    assert steps == ["resumed student at step 4 of 8", "student step 6/8", "student step 8/8"]
-    assert same(folder, whole) and history(folder).step.tolist() == [3, 6, 8]
-
-
-def test_dropout_masks_and_learned_maps_resume(data, tmp_path):
-    """In the middle of an epoch. The maps are no part of the student."""
-    whole, parts, names = tmp_path / "whole", tmp_path / "parts", tiny_model().state_dict().keys()
-
-    def with_dropout():
-        model = tiny_model(embed_dim=12)
-        hook = lambda module, tokens, out: F.dropout(out, 0.5, module.training)  # noqa: E731
-        model.text.register_forward_hook(hook)
-        return model
+def train_with_dropout(folder, data, report=quiet):
+    """With all that a checkpoint holds: random numbers, masks, learned maps, numbers of numpy."""
+    model = tiny_model(embed_dim=12)
+    hook = lambda module, tokens, out: F.dropout(out, 0.5, module.training)  # noqa: E731
+    model.text.register_forward_hook(hook)
 
     def validate(model):
         assert not model.training
-        return {"recall": np.float64(0.25), "n": np.int64(3)}  # not for a checkpoint as they are
+        return {"recall": np.float64(0.25), "n": np.int64(3)}
 
-    settings = {"method": "fd+afd+mfd+crd", "validate": validate}
-    run(whole, data, model=with_dropout(), **settings)
-    interrupted(parts, data, model=with_dropout(), **settings)
-    run(parts, data, model=with_dropout(), **settings)
-    assert same(parts, whole) and history(whole).recall.tolist() == [0.25] * 3
+    run(folder, data, report, validate, model, method="fd+afd+mfd+crd")
+
+
+def train_and_die(folder, cache):
+    def report(line):
+        if "step 6/8" in line:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train_with_dropout(folder, make_data(cache.parent, 20), report)
+
+
+def test_a_killed_run_ends_with_the_same_weights(data, tmp_path):
+    """In the middle of an epoch. The learned maps are no part of the student."""
+    whole, killed, lines = tmp_path / "whole", tmp_path / "killed", []
+    process = fork(train_and_die, killed, data[1].folder)
+    train_with_dropout(whole, data)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (killed / "student").exists()  # step 6 was reported, and step 4 saved last
+    train_with_dropout(killed, data, lines.append)
+    steps = [line.split(" loss")[0] for line in lines]
+    assert steps == ["resumed killed at step 4 of 8", "killed step 6/8", "killed step 8/8"]
+    assert same(killed, whole) and history(killed).step.tolist() == [3, 6, 8]
+    assert history(killed).recall.tolist() == [0.25] * 3
 
     files = whole / "last.ckpt", whole / "previous.ckpt"
     saved, before = (torch.load(file, weights_only=True)["heads"] for file in files)
     assert saved["image.weight"].shape == (16, 12) and saved["fuse_text.weight"].shape == (12, 28)
     assert all((saved[key] != before[key]).any() for key in saved)
-    assert load_folder(whole / "student").state_dict().keys() == names
+    assert load_folder(whole / "student").state_dict().keys() == tiny_model().state_dict().keys()
 
 
 def test_a_finished_run_is_not_trained_again(whole, data):
@@ -204,15 +187,20 @@ def test_two_processes_are_killed_and_resume_on_two_nodes(job, tmp_path, capsys,
     """As a requeued job does; srun is a stand-in, the rendezvous of two torchruns is not."""
     whole, killed, lines = tmp_path / "whole", tmp_path / "killed", tmp_path / "lines"
     write_json(tmp_path / "job.json", {**job, "folder": str(killed)})
-    group = fork_group(2, in_processes, train.run, {**job, "folder": str(whole)})
     process = fork(start_two, tmp_path / "job.json", lines)
     while not lines.exists() or "killed step 2/6" not in lines.read_text():  # step 1 is saved
         assert process.is_alive()
         time.sleep(0.02)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(RuntimeError, match="another process trains"),
+    ):
+        patch.setattr(runs, "LOCK_SECONDS", 0)
+        runs.lock(killed)
     process.kill()
     with runs.lock(killed):  # its workers have ended, too
         assert not (killed / "student").exists()
-    join(group)
+    run_group(2, in_processes, train.run, {**job, "folder": str(whole)})
 
     (tmp_path / "srun").write_text(SRUN)
     (tmp_path / "srun").chmod(0o755)

@@ -24,12 +24,6 @@ def test_csv_has_six_digits(tmp_path):
     assert (tmp_path / "t.csv").read_text() == "a,b\n0.333333,1\n1e-09,2\n"
 
 
-def test_nearest():
-    for word, hint in (("crdd", " did you mean 'crd'?"), ("zzz", "")):
-        text = utils.nearest(word, ["crd", "fd"], "method")
-        assert text == f"method '{word}' is unknown:{hint} Known: crd, fd"
-
-
 def test_progress_reports_once_a_minute(monkeypatch):
     """Items of 25 seconds each, after 10 that were done before."""
     now, lines = 0, []

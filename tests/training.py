@@ -41,16 +41,13 @@ def fork(run, *arguments, **environment):
     return process
 
 
-def fork_group(processes, run, *arguments):
-    """Start run(*arguments) in as many processes as a torchrun would -> the processes."""
+def run_group(processes, run, *arguments):
+    """run(*arguments) in as many processes as a torchrun would start."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     group["WORLD_SIZE"] = str(processes)
-    return [fork(run, *arguments, RANK=str(rank), **group) for rank in range(processes)]
-
-
-def join(group):
+    group = [fork(run, *arguments, RANK=str(rank), **group) for rank in range(processes)]
     for process in group:
         process.join(300)
     assert not any(process.exitcode for process in group), group

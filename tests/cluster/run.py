@@ -27,18 +27,17 @@ TIMED_TABLES = {"timings.csv", "latency.csv", "layers.csv", "efficiency.csv"}
 TIMED_COLUMNS = "second|minutes|speed|ratio|_ms$|_s$"
 FLAGS = "--workflow-profile workflow/profiles/slurm --cores 1 --default-resources mem_mb=2000"
 FLAGS += " runtime=60 --slurm-init-seconds-before-status-checks 5"
-SETTINGS = "ClusterName=jettclip SlurmctldHost={host} SlurmUser=root AuthType=auth/munge "
-SETTINGS += "StateSaveLocation={folder}/state SlurmdSpoolDir={folder}/spool "
-SETTINGS += "SlurmctldPidFile={folder}/slurmctld.pid SlurmctldLogFile={folder}/slurmctld.log "
-SETTINGS += "SlurmdPidFile={folder}/slurmd.pid SlurmdLogFile={folder}/slurmd.log ReturnToService=2 "
-SETTINGS += "ProctrackType=proctrack/linuxproc TaskPlugin=task/none MpiDefault=none "
-SETTINGS += "JobAcctGatherType=jobacct_gather/none AccountingStorageType=accounting_storage/none "
-SETTINGS += "JobContainerType=job_container/none SelectType=select/cons_tres "
-SETTINGS += "SelectTypeParameters=CR_Core_Memory SlurmdParameters=config_overrides"
-NODE = """
-NodeName={host} CPUs=2 RealMemory=8000 State=UNKNOWN
-PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
+SETTINGS = """\
+ClusterName=jettclip SlurmctldHost={host} SlurmUser=root AuthType=auth/munge ReturnToService=2
+StateSaveLocation={folder}/state SlurmctldPidFile={folder}/slurmctld.pid
+SlurmctldLogFile={folder}/slurmctld.log SlurmdSpoolDir={folder}/spool
+SlurmdPidFile={folder}/slurmd.pid SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc TaskPlugin=task/none JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none JobContainerType=job_container/none MpiDefault=none
+SelectType=select/cons_tres SelectTypeParameters=CR_Core_Memory SlurmdParameters=config_overrides
 """
+NODE = "NodeName={host} CPUs=2 RealMemory=8000 State=UNKNOWN\n"
+NODE += "PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP\n"
 
 
 def shell(*command, **options):
