@@ -82,22 +82,14 @@ def test_variants_by_hand():
     }
 
 
-def test_bad_variants():
-    twice = [{"seed": 0}, {"seed": [1, 0]}]
-    for variants in (None, {"seed": 0}, ["fd"], twice, [{"method": "a/b"}]):
-        with pytest.raises(ValueError, match="variant"):
-            workflow.expand_variants(variants)
-
-
 def test_each_step_gets_its_parameters(root):
     steps = workflow.plan("tiny", root)
-    variants = ["fd-both-s0", "crd-both-s0"]
-    assert list(steps) == [*list(PARAMETERS)[:2], *variants, *list(PARAMETERS)[3:]]
+    assert list(steps) == [*list(PARAMETERS)[:2], *STEPS[2:4], *list(PARAMETERS)[3:]]
     assert steps["00_data"].parameters == {"profile": "tiny", "size": 32}
     assert steps["01_teacher_features"].parameters == {"profile": "tiny", "rate": 1e-5}
     train = {"method": "crd", "pairs": "both", "seed": 0, "rate": 1e-5, "profile": "tiny"}
     assert steps["crd-both-s0"].parameters == train | {"variant": "crd-both-s0"}
-    assert steps["04_retrieval"].parameters == {"profile": "tiny", "variants": variants}
+    assert steps["04_retrieval"].parameters == {"profile": "tiny", "variants": STEPS[2:4]}
 
 
 REFUSED = {
@@ -109,20 +101,19 @@ REFUSED = {
     "variants: [{pairs: long+both}]": "pairs: choice 'long\\+both'",
     "variants: [{method: crd+df}]": "method: choice 'df' is unknown: did you mean 'fd'",
     "variants: [{size: 3}]": "parameter 'size' is unknown",
+    "variants: [{method: a/b}]": "variant 'a/b' .* cannot name a folder",
+    "variants: [{seed: 0}, {seed: [1, 0]}]": "variant 's0' is there twice",
+    "variants: {seed: 0}": "write variants as a list",
 }
 
 
 @pytest.mark.parametrize("line", REFUSED)
 def test_refused_before_any_work(root, line):
     values = yaml.safe_load(PROFILE) | yaml.safe_load(line)
-    (root / "notebooks/profiles/tiny.yaml").write_text(yaml.safe_dump(values))
-    with pytest.raises(ValueError, match=REFUSED[line]):
-        workflow.plan("tiny", root)
-
-
-def test_unknown_profile(root):
-    with pytest.raises(ValueError, match="did you mean 'tiny'"):
-        workflow.plan("tiny.yaml", root)
+    (root / "notebooks/profiles/wrong.yaml").write_text(yaml.safe_dump(values))
+    for profile, error in {"wrong": REFUSED[line], "tiny.yaml": "did you mean 'tiny'"}.items():
+        with pytest.raises(ValueError, match=error):
+            workflow.plan(profile, root)
 
 
 def test_the_profiles_of_this_repository_are_valid(monkeypatch):
@@ -131,29 +122,24 @@ def test_the_profiles_of_this_repository_are_valid(monkeypatch):
         assert len(workflow.plan(path.stem, ROOT)) >= 8, path
 
 
-CHANGES = {  # and whether they count for a notebook that imports jettclip.train
-    ("jettclip/train.py", "'''Prose.'''\nfrom . import models  # more prose"): False,
-    ("jettclip/search.py", "x = 1"): False,
-    ("jettclip/train.py", "from . import models\nx = 1"): True,
-    ("jettclip/models.py", "x = 1"): True,
-    ("jettclip/__init__.py", "x = 1"): True,
-}
+def test_code_hash_follows_what_is_imported(root):
+    def code_hash(name, text):
+        (root / f"jettclip/{name}.py").write_text(text)
+        return workflow.plan("tiny", root)["fd-both-s0"].code_hash
+
+    before = code_hash("search", "x = 1")  # not imported by 02_train
+    assert code_hash("search", "x = 2") == before
+    assert code_hash("train", "'''Prose.'''\nfrom . import models  # more prose") == before
+    hashes = {code_hash(name, "x = 1") for name in ("models", "__init__", "train")}
+    assert len(hashes | {before}) == 4
 
 
-@pytest.mark.parametrize("name, text", CHANGES)
-def test_code_hash_follows_what_is_imported(root, name, text):
-    before = workflow.plan("tiny", root)["fd-both-s0"].code_hash
-    (root / name).write_text(text)
-    after = workflow.plan("tiny", root)["fd-both-s0"].code_hash
-    assert (after != before) == CHANGES[name, text]
-
-
-def snakemake(root, *flags, config=(), **environment):
-    environment = {**os.environ, "PYTHONPATH": str(root), **environment}
+def snakemake(root, *flags, config=()):
+    paths = {"PYTHONPATH": str(root), "JUPYTER_PATH": str(root / "home")}
     command = [sys.executable, "-m", "snakemake", "--cores", "1", *flags]
     command += ["--config", "profile=tiny", *config]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=root, env=environment, **pipes)
+    return subprocess.Popen(command, cwd=root, env=os.environ | paths, **pipes)
 
 
 def finish(process):
@@ -197,11 +183,11 @@ def test_killed_and_started_again(root):
         time.sleep(0.05)
     checkpoint.write_text("half trained")
 
-    untrained = snakemake(root, config=["finished_only=1"])
-    code, steps, output = finish(snakemake(root))
-    assert code == 1 and not steps and output.count("error: profile tiny runs already") == 1
-    code, _, output = finish(untrained)
-    assert code == 1 and "error: tiny: no student is trained" in output
+    started = snakemake(root), snakemake(root, config=["finished_only=1"])
+    errors = "error: profile tiny runs already", "error: tiny: no student is trained"
+    for process, error in zip(started, errors, strict=True):
+        code, steps, output = finish(process)
+        assert code == 1 and not steps and output.count(error) == 1
     first.kill()
     first.wait()
 
@@ -222,8 +208,7 @@ def test_papermill_executes_in_this_python(root):
     (root / "home/kernels/python3/kernel.json").write_text(json.dumps(wrong))
     write_notebook(root, "00_data", "import os, sys\nprint(sys.executable, os.getcwd(), size + 1)")
     write_notebook(root, "01_teacher_features", "assert rate != 0.00001, 'a number'")
-    paths = {"JUPYTER_PATH": str(root / "home")}
-    code, _, output = finish(snakemake(root, "runs/tiny/teacher/done", **paths))
+    code, _, output = finish(snakemake(root, "runs/tiny/teacher/done"))
     assert code == 1 and f"\n{sys.executable} {root / 'notebooks'} 33\n" in output
     failed = root / "runs/tiny/teacher/01_teacher_features.ipynb"
     assert "AssertionError: a number" in output and str(failed.relative_to(root)) in output
