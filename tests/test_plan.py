@@ -54,8 +54,8 @@ def root(tmp_path):
     """The workflow on notebooks that print a line, with a library of three modules."""
     for folder in ("notebooks/profiles", "jettclip", "report", "papermill"):
         (tmp_path / folder).mkdir(parents=True)
-    for module in ("models", "search", "__init__"):
-        (tmp_path / f"jettclip/{module}.py").touch()
+    for module in ("jettclip/models", "jettclip/search", "jettclip/__init__", "papermill/__init__"):
+        (tmp_path / f"{module}.py").touch()
     (tmp_path / "jettclip/train.py").write_text("from . import models\n")
     (tmp_path / "notebooks/profiles/tiny.yaml").write_text(PROFILE)
     (tmp_path / "papermill/__main__.py").write_text(PAPERMILL)

@@ -31,17 +31,6 @@ def run(folder, data, report=quiet, validate=None, model=None, **changes):
     return fit(model or tiny_model(), config, data[0], folder, data[1], validate, report)
 
 
-def interrupted(folder, data, at="step 6/8", **changes):
-    """A run that ends when it reports a step."""
-
-    def report(line):
-        if at in line:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(folder, data, report, **changes)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """3 batches of 6 in an epoch."""
@@ -131,17 +120,22 @@ def test_a_new_start_clears_the_folder(data, tmp_path):
     run(tmp_path, data, steps=1)
     before = weights(tmp_path)
     (tmp_path / "last.ckpt").unlink()
-    interrupted(tmp_path, data, at="step 1/2", steps=2, eval_every=1)
-    assert not (tmp_path / "student").exists()
-    run(tmp_path, data, steps=1, seed=1)
-    assert weights(tmp_path) != before
+    cleared = lambda model: {"cleared": not (tmp_path / "student").exists()}  # noqa: E731
+    run(tmp_path, data, validate=cleared, steps=1, seed=1)
+    assert history(tmp_path).cleared.all() and weights(tmp_path) != before
 
 
 def test_a_damaged_checkpoint_is_not_used(whole, data, tmp_path, monkeypatch):
     """The one before it is; the run ends with the same weights. Here the clock asks for them."""
     monkeypatch.setattr(runs, "SAVE_SECONDS", 0)
     stopped = tmp_path / "stopped"
-    interrupted(stopped, data, save_every=100)
+
+    def interrupt(line):
+        if "step 6/8" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, data, interrupt, save_every=100)
     content = (stopped / "last.ckpt").read_bytes()
     for name, damaged in {"cut": content[:5000], "garbage": b"garbage", "missing": None}.items():
         folder, lines = shutil.copytree(stopped, tmp_path / name), []

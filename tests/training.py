@@ -29,16 +29,16 @@ def make_data(folder, n, width=16):
     return dataset, FeatureCache.build(*build, report=quiet)
 
 
-def _call(environment, run, *arguments):
-    os.environ.update(environment)
-    run(*arguments)
-
-
-def fork(run, *arguments, **environment):
-    """Start run(*arguments) with additional environment variables -> the process."""
-    process = FORK.Process(target=_call, args=(environment, run, *arguments), daemon=True)
+def fork(run, *arguments):
+    """Start run(*arguments) in a process -> the process."""
+    process = FORK.Process(target=run, args=arguments, daemon=True)
     process.start()
     return process
+
+
+def _in_group(variables, run, *arguments):
+    os.environ.update(variables)
+    run(*arguments)
 
 
 def run_group(processes, run, *arguments):
@@ -47,7 +47,8 @@ def run_group(processes, run, *arguments):
         free.bind(("127.0.0.1", 0))
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     group["WORLD_SIZE"] = str(processes)
-    group = [fork(run, *arguments, RANK=str(rank), **group) for rank in range(processes)]
-    for process in group:
+    ranks = ({**group, "RANK": str(rank)} for rank in range(processes))
+    started = [fork(_in_group, variables, run, *arguments) for variables in ranks]
+    for process in started:
         process.join(300)
-    assert not any(process.exitcode for process in group), group
+    assert all(process.exitcode == 0 for process in started), started

@@ -79,8 +79,8 @@ def slurm(folder):
             shutil.chown(munge.parent, "munge", "munge")
             shell("setpriv", "--reuid=munge", "--regid=munge", "--clear-groups", "munged")
             stack.callback(end, munge)
-        for name in ("state", "spool"):
-            (folder / name).mkdir()
+        (folder / "state").mkdir()
+        (folder / "spool").mkdir()
         stack.callback(CONF.unlink)
         settings = SETTINGS.replace(" ", "\n") + NODE
         CONF.write_text(settings.format(host=os.uname().nodename, folder=folder))
@@ -123,10 +123,9 @@ def finish(process, folder):
 
 def job_of(variant):
     """The number of a variant's running job, or None."""
-    for line in output("squeue", "-h", "-t", "RUNNING", "-o", "%i|%k").splitlines():
-        job, _, comment = line.partition("|")
-        if comment == f"rule_train_wildcards_{variant}":
-            return job
+    jobs = output("squeue", "-h", "-t", "RUNNING", "-o", "%i|%k")
+    found = re.search(rf"^(\w+)\|rule_train_wildcards_{re.escape(variant)}$", jobs, re.M)
+    return found and found[1]
 
 
 def by_slurm(folder):
