@@ -5,7 +5,8 @@ import resource
 import shutil
 import signal
 import socket
-import traceback
+from functools import partial
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -23,18 +24,16 @@ from jettclip.utils import write_json
 FILES = ("image.npy", "long.npy", "short.npy", "crops.npy", "manifest.json")
 
 
-class StubTeacher:
+class StubTeacher(torch.nn.Module):
     """Linear maps of pixels and tokens. It counts its image batches; `stop(count)` comes first."""
 
     def __init__(self, stop=lambda count: None):
+        super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.config, self.logit_scale = {"embed_dim": 8}, torch.zeros(())
         self.image_map = torch.randn(3 * 16 * 16, 8, generator=generator)
         self.text_map = torch.randn(49408, 8, generator=generator)
         self.calls, self.stop = 0, stop
-
-    def eval(self):
-        return self
 
     def encode_image(self, images, normalize):
         self.calls += 1
@@ -77,10 +76,9 @@ def test_a_job_stores_the_teachers_features(table, tmp_path):
     save_folder(teacher := tiny_model().eval(), files["teacher"])
     settings = {"augmentations": 3, "smallest_crop": 0.4, "flip": True, "seed": 3, "batch_size": 7}
     write_json(tmp_path / "job.json", {**files, **settings})
-    manifest = start(tmp_path / "job.json").manifest
+    start(tmp_path / "job.json")
     source = {"teacher": file_hash(files["teacher"]), "data": fingerprint(table), "rows": 24}
     cache = FeatureCache.open(files["folder"], **source)
-    assert cache.manifest == manifest
     assert cache.image.shape == (24, 3, 16) and cache.image.dtype == np.float16
     crops = draw_crops(24, 3, seed=3, smallest=0.4, flip=True)
     dataset = PairDataset(table, 32, crops=crops)
@@ -136,21 +134,13 @@ def test_damaged_files_are_refused(name, finished, tmp_path):
             FeatureCache.open(folder)
 
 
-def fork(function, **environment):
-    """Run function() in a copy of this process -> the copy's process id."""
-    if pid := os.fork():
-        return pid
-    try:
-        os.environ.update(environment)
-        function()
-        os._exit(0)
-    finally:
-        traceback.print_exc()
-        os._exit(1)
-
-
-def exit_code(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def exit_codes(*functions):
+    """Run functions side by side, in copies of this process."""
+    processes = [get_context("fork").Process(target=function) for function in functions]
+    for step in ("start", "join"):
+        for process in processes:
+            getattr(process, step)()
+    return [process.exitcode for process in processes]
 
 
 def interrupt(folder, data):
@@ -160,20 +150,17 @@ def interrupt(folder, data):
         if count == 31:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    assert exit_code(fork(lambda: build(folder, data, StubTeacher(stop)))) == -signal.SIGKILL
+    assert exit_codes(lambda: build(folder, data, StubTeacher(stop))) == [-signal.SIGKILL]
     assert not (folder / "manifest.json").exists()
 
 
-@pytest.mark.parametrize(
-    "lost, change, calls",
-    [
-        ("nothing", {}, 26),  # image batches 21 to 46
-        ("long.npy", {}, 46),  # without a file the list of done batches is not used
-        ("done.npy", {}, 46),
-        ("nothing", {"batch_size": 2}, 24),  # nor where they had another size or teacher
-        ("nothing", {"teacher_hash": "u"}, 46),
-    ],
-)
+# Image batches 21 to 46 are missing; without one of its files the list of done batches is not used,
+# and not where they had another size or teacher.
+RESUMED = [("nothing", {}, 26), ("long.npy", {}, 46), ("done.npy", {}, 46)]
+RESUMED += [("nothing", {"batch_size": 2}, 24), ("nothing", {"teacher_hash": "u"}, 46)]
+
+
+@pytest.mark.parametrize("lost, change, calls", RESUMED)
 def test_a_killed_build_resumes(lost, change, calls, finished, data, tmp_path):
     interrupt(tmp_path, data)
     (tmp_path / lost).unlink(missing_ok=True)
@@ -192,11 +179,14 @@ def test_processes_share_the_work(finished, data, tmp_path):
         build(tmp_path, data, teacher, report=report)
         assert teacher.calls == 13
 
+    def process(rank):
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        os.environ.update(RANK=rank, **group)
+        in_processes(run, None)
+
     with socket.create_server(("localhost", 0)) as server:
         port = str(server.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    pids = [fork(lambda: in_processes(run, None), RANK=rank, **group) for rank in "01"]
-    assert [exit_code(pid) for pid in pids] == [0, 0]
+    assert exit_codes(partial(process, "0"), partial(process, "1")) == [0, 0]
     assert contents(tmp_path) == contents(finished)
 
 

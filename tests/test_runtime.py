@@ -1,6 +1,5 @@
 """The exported model gives PyTorch's features: same tokens, same pixels, any length, any rows."""
 
-import io
 import sys
 
 import numpy as np
@@ -17,14 +16,13 @@ TEXTS = ["a red ring", "", "it's 2 cats &amp; a DOG", "a blue star, " * 100, "na
 TOKENIZE = tokenizer(248)
 
 
-def photo(path, size=(90, 60), orientation=None, **options):
-    """A photo with a red upper left quarter."""
-    image = Image.new("RGB", size, (0, 60, 200))
-    image.paste((255, 0, 0), (0, 0, size[0] // 2, size[1] // 2))
+def photo(path, orientation):
+    """A photo of 640 x 480 pixels with a red upper left quarter."""
+    image = Image.new("RGB", (640, 480), (0, 60, 200))
+    image.paste((255, 0, 0), (0, 0, 320, 240))
     exif = Image.Exif()
-    if orientation:
-        exif[0x0112] = orientation
-    image.save(path, exif=exif, **options)
+    exif[0x0112] = orientation
+    image.save(path, exif=exif, quality=95)
     return path
 
 
@@ -65,7 +63,7 @@ def test_pixels_are_the_models(mode, size):
 
 @pytest.mark.parametrize("orientation, red", [(1, (0, 0)), (6, (1, 0)), (3, (1, 1)), (8, (0, 1))])
 def test_photos_are_turned_as_exif_says(orientation, red, tmp_path):
-    path = photo(tmp_path / "a.jpg", (640, 480), orientation, quality=95)
+    path = photo(tmp_path / "a.jpg", orientation)
     for at_least in (None, 16):
         image = runtime.read_photo(path, at_least)
         width, height = image.size
@@ -81,12 +79,8 @@ def test_photos_are_turned_as_exif_says(orientation, red, tmp_path):
 def test_errors(exported, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="has no deploy.json: name a folder that `export`"):
         runtime.load(tmp_path)
-    with pytest.raises(ValueError, match="backend 'tensorrt' is unknown: use one of onnxruntime, "):
-        runtime.load(exported[1], "tensorrt")
     with pytest.raises(ValueError, match=r"tokens are \(2, 300\): use \(N, up to 248\)"):
         runtime.load(exported[1]).encode_text(np.ones((2, 300), dtype=np.int64))
-    with pytest.raises(OSError, match="cannot identify image file"):
-        runtime.read_photo(io.BytesIO(b"not a photo"))
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(ImportError, match=r"openvino needs OpenVINO: pip install 'jettclip\["):
         runtime.load(exported[1], "openvino").encode_text(["a star"])

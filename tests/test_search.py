@@ -2,10 +2,10 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from multiprocessing import get_context
 from unittest.mock import MagicMock
 
 import pytest
@@ -19,15 +19,6 @@ from jettclip.deploy import runtime
 from jettclip.models import transforms
 
 NO_TORCH = "import sys; sys.modules['torch'] = None; from jettclip.search import main; main()"
-SLOW = """
-import sys, time
-from jettclip import search
-from jettclip.deploy import runtime
-search.CHUNK, search.SAVE_EVERY = 2, 4
-pixels = search.PhotoIndex.pixels
-search.PhotoIndex.pixels = lambda self, path: (time.sleep(0.05), pixels(self, path))[1]
-search.PhotoIndex(sys.argv[1], runtime.load(sys.argv[2])).update()
-"""
 
 
 @pytest.fixture
@@ -52,7 +43,7 @@ def update(folder, exported):
     return updated
 
 
-def test_the_best_photos_by_hand(folder, exported, update):
+def test_the_best_photos_by_hand(folder, exported, update, monkeypatch):
     index, text = update()[0], "a red ring left of a blue star " * 8
     model, paths = exported[0], sorted(folder.rglob("*.png"))
     prepare, tokens = transforms(model.config)[1], jettclip.get_tokenizer("JettCLIP-T")([text])
@@ -63,6 +54,12 @@ def test_the_best_photos_by_hand(folder, exported, update):
     assert [path for path, _ in found] == [paths[row] for row in best.indices[:3]]
     expected = best.values[:3].tolist()
     assert [score for _, score in found] == pytest.approx(expected, abs=1e-5)
+
+    monkeypatch.setitem(sys.modules, "gradio", gradio := MagicMock())  # the web page
+    search.web(index)
+    answer = gradio.Interface.call_args.args[0]
+    captions = [f"{score:.3f} {path.name}" for path, score in found]
+    assert [caption for _, caption in answer(text, 3)] == captions and answer(" ", 3) == []
 
 
 def test_the_index_follows_the_folder(folder, update, monkeypatch):
@@ -91,7 +88,7 @@ def test_no_file_stops_it(folder, update):
     (folder / "text.jpg").write_text("not a photo")
     (folder / "empty.jpeg").touch()
     (folder / "gone.png").symlink_to(folder / "nowhere.png")
-    photo(os.fsencode(folder) + b"/bytes-\xff\n.jpg", (640, 480), orientation=6)
+    photo(os.fsencode(folder) + b"/bytes-\xff\n.jpg", orientation=6)
     index, counts, sentences = update()
     assert counts == [21, 0, 0, 3] and len(index.search("a", 100)) == 21
     names = sorted(sentence.split("skipped: ")[1].split(" ")[0] for sentence in sentences)
@@ -116,16 +113,22 @@ def test_another_model_or_a_damaged_file_means_indexing_again(exported, update, 
         assert counts == [20, 0, 0, 0] and "index.npz is damaged" in sentence
 
 
-def test_killed_indexing_resumes(folder, exported, update):
+def test_killed_indexing_resumes(folder, update):
+    def slowly():
+        search.CHUNK, search.SAVE_EVERY = 2, 4
+        pixels = search.PhotoIndex.pixels
+        search.PhotoIndex.pixels = lambda self, path: (time.sleep(0.05), pixels(self, path))[1]
+        update()
+
     file, saved = folder / ".jettclip/index.npz", []
     for _ in range(2):
-        process = subprocess.Popen([sys.executable, "-c", SLOW, str(folder), str(exported[1])])
-        before = len(saved)
-        while process.poll() is None and len(saved) == before:
+        process, before = get_context("fork").Process(target=slowly), len(saved)
+        process.start()
+        while process.is_alive() and len(saved) == before:
             time.sleep(0.01)
             saved = (search.read_index(file, report=pytest.fail) or {"paths": []})["paths"]
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     (folder / ".jettclip/.index.npz.tmp1.npz").write_bytes(b"half")  # killed while it was writing
     (index, counts, _), (fresh, *_) = update(), update(file=folder.parent / "fresh.npz")
     assert counts == [20 - len(saved), 0, 0, 0] and 0 < len(saved) < 20
@@ -176,12 +179,3 @@ def test_a_run_folder_is_exported_once(exported, tmp_path, monkeypatch, capsys):
         assert ("exporting" in capsys.readouterr().out) == (turn == 0)
     os.utime(tmp_path / "run/student/open_clip_model.safetensors", ns=(0, 0))  # trained again
     assert search.open_model(tmp_path / "run").folder != loaded.folder
-
-
-def test_web_page(update, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gradio", gradio := MagicMock())
-    search.web(update()[0])
-    answer = gradio.Interface.call_args.args[0]
-    found = answer("a red ring", 3)
-    assert len(found) == 3 and found[0][0].size == (48, 48) and found[0][1].endswith(".png")
-    assert answer(" ", 3) == []

@@ -48,6 +48,6 @@ def test_latency_rows():
     assert table[table.tower == "text"].tokens.tolist() == [5, 5, 62, 62]
     both = timing.both_towers(table, "mixed")
     expected = table[(table.model == "student") & (table.batch == 2)].p50_ms.sum()
-    row = both[(both.model == "student") & (both.batch == 2)]
-    assert row.p50_ms.item() == pytest.approx(expected) and row.tokens.item() == 62
+    row = both.set_index(["model", "batch"]).loc[("student", 2)]
+    assert row.p50_ms == pytest.approx(expected) and row.tokens == 62
     assert (both[both.model == "teacher"].ratio_to_teacher == 1).all()
