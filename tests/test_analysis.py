@@ -34,11 +34,6 @@ def test_a_swap_replaces_one_word_by_another_of_its_kind():
     assert seen == {"two", "large"}  # not "red" (twice), "White-ish", "black-haired"
 
 
-def test_nothing_to_swap():
-    for caption in ("", "A man on a bench.", "The Red Lion.", "A red bus, a red car.", "an orange"):
-        assert analysis.swap_attribute(caption, np.random.default_rng(0)) is None
-
-
 @given(st.lists(st.sampled_from(WORDS), max_size=12), st.integers(0, 99))
 @settings(max_examples=200, deadline=None)
 def test_a_swap_differs_where_it_says(words, seed):
@@ -49,6 +44,8 @@ def test_a_swap_differs_where_it_says(words, seed):
 
 
 def test_every_swap_makes_the_caption_wrong():
+    for caption in ("", "A man on a bench.", "The Red Lion.", "A red bus, a red car.", "an orange"):
+        assert analysis.swap_attribute(caption, np.random.default_rng(0)) is None
     assert all(others and word not in others for word, (_, others) in analysis.SWAPS.items())
     assert analysis.first_difference("a bus", "a bus stop") == 3
     assert "gray" not in analysis.SWAPS["grey"][1] and "big" not in analysis.SWAPS["large"][1]
@@ -64,16 +61,13 @@ def test_swapped_details_holds_the_usable_captions():
     assert len(analysis.swapped_details(table[1:2])) == 0
 
 
-def test_cka_of_rotated_shifted_and_unrelated_features():
+def test_cka_of_rotated_and_shifted_features():
     x, y = features(200, 16), normalize(features(200, 16) + features(200, 16, 3), dim=1)
     rotation = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(1)))[0]
     assert analysis.linear_cka(x, x) == pytest.approx(1)
     assert analysis.linear_cka(x, 3 * x @ rotation + 0.5) == pytest.approx(1, abs=1e-6)
     flat = x.double() * 1e-7 + torch.ones(16)  # nearly equal, as of a model that has hardly begun
     assert analysis.linear_cka(flat, x) == pytest.approx(1, abs=1e-3)
-    pairs = [(features(60, 32, seed), features(60, 48, seed + 100)) for seed in range(20)]
-    unrelated = np.mean([analysis.linear_cka(*pair).item() for pair in pairs])
-    assert abs(unrelated) < 0.02  # the biased estimator gives 0.4
     keep = torch.arange(200) % 3 != torch.tensor([[0], [1]])
     expected = [analysis.linear_cka(x[rows], y[rows]).item() for rows in keep]
     assert analysis.linear_cka(x, y, keep).tolist() == pytest.approx(expected)
@@ -101,21 +95,15 @@ def test_neighbour_overlap():
     in_chunks = analysis.neighbour_overlap(x, y, 5, chunk=7)
     assert np.array_equal(in_chunks, analysis.neighbour_overlap(x, y, 5))
     circle = torch.tensor([[np.cos(a), np.sin(a)] for a in np.radians([0, 10, 30, 60])])
-    swapped = circle[[0, 2, 1, 3]]  # rows 1 and 2 change places
-    assert analysis.neighbour_overlap(circle, swapped, k=1).tolist() == [0, 0, 0, 0]
-    assert analysis.neighbour_overlap(circle, swapped, k=2).tolist() == [1, 0.5, 0.5, 1]
-    unrelated = analysis.neighbour_overlap(features(500, 8), features(500, 8, 2), 20)
-    assert unrelated.mean() == pytest.approx(20 / 499, abs=0.01)
+    for k, expected in ((1, [0, 0, 0, 0]), (2, [1, 0.5, 0.5, 1])):  # rows 1 and 2 change places
+        assert analysis.neighbour_overlap(circle, circle[[0, 2, 1, 3]], k).tolist() == expected
 
 
 def test_efficiency_by_hand():
-    recall = {"none-s0": (0.1, 0.2, 0.3), "fd-s0": (0.2, 0.3, 0.5), "crd-s0": (0.1, 0.1, 0.2)}
-    rows = [
-        (name, step, 2.0 * step, value)
-        for name, values in recall.items()
-        for step, value in zip((10, 20, 30), values, strict=True)
-    ]
-    history = pd.DataFrame(rows, columns=["model", "step", "seconds", "long_t2i_r1"])
+    history = pd.DataFrame({"model": np.repeat(["none-s0", "fd-s0", "crd-s0"], 3)})
+    history["step"] = [10, 20, 30] * 3
+    history["seconds"] = 2.0 * history.step
+    history["long_t2i_r1"] = [0.1, 0.2, 0.3, 0.2, 0.3, 0.5, 0.1, 0.1, 0.2]
     table = analysis.efficiency(history, "none-s0").fillna(0)
     assert table.columns[:3].tolist() == ["model", "against", "target"]
     assert table.values.tolist() == [

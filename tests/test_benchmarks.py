@@ -1,41 +1,63 @@
 """The benchmark notebooks run at toy size and measure every row."""
 
+import json
+import shutil
 from pathlib import Path
 
+import matplotlib
 import pandas as pd
-import papermill
+import pytest
+from conftest import TINY
 
+from jettclip import data, models
 from jettclip.losses import METHODS
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 
 
-def run(name, folder, **parameters):
-    """Execute a benchmark -> its tables by name."""
-    papermill.execute_notebook(
-        NOTEBOOKS / f"benchmarks/{name}.ipynb",
-        folder / f"{name}.ipynb",
-        parameters | {"results": str(folder), "repeats": 2},
-        cwd=NOTEBOOKS,
-        progress_bar=False,
-    )
-    return {path.stem: pd.read_csv(path) for path in folder.glob("*.csv")}
+@pytest.fixture
+def run(table, tmp_path, monkeypatch):
+    """Function that executes a benchmark as papermill does, without a kernel -> tables by name."""
+    monkeypatch.chdir(NOTEBOOKS)
+    monkeypatch.syspath_prepend(NOTEBOOKS)
+    create = models.create_model
+    monkeypatch.setattr(models, "create_model", lambda *_, **options: create("JettCLIP-T", **TINY))
+    monkeypatch.setattr(data, "IN_MEMORY", data.IN_MEMORY)  # put back what a notebook sets
+    table[["long"]].rename(columns={"long": "text"}).to_parquet(tmp_path / "captions.parquet")
+
+    def executed(name, **parameters):
+        parameters |= {"results": str(tmp_path), "repeats": 2}
+        values = {"__name__": "__main__"}
+        for cell in json.loads((NOTEBOOKS / f"benchmarks/{name}.ipynb").read_text())["cells"]:
+            if cell["cell_type"] == "code":
+                exec("".join(cell["source"]), values)
+            if "parameters" in cell["metadata"].get("tags", ()):
+                assert parameters.keys() <= values.keys()
+                values |= parameters
+        return {path.stem: pd.read_csv(path) for path in tmp_path.glob("*.csv")}
+
+    with matplotlib.rc_context():
+        yield executed
 
 
-def test_latency(tmp_path):
+def test_latency(run, exported, tmp_path, monkeypatch):
+    model, folder = exported  # test_export exports
+    monkeypatch.setattr(models, "create_model", lambda *_, **options: model)
+    monkeypatch.setattr("jettclip.deploy.export.export", lambda _, to: shutil.copytree(folder, to))
+    monkeypatch.setattr("jettclip.deploy.runtime.installed_backends", lambda: ["onnxruntime"])
     small = {"models": ["JettCLIP-T"], "batches": [1], "reference": ["ViT-S", "ViT-S-32-alt"]}
-    (table,) = run("latency", tmp_path, **small).values()
+    (table,) = run("latency", **small, captions=str(tmp_path / "captions.parquet")).values()
     reference, *backends = table[["model", "backend"]].drop_duplicates().backend
-    assert reference == "pytorch" and {"pytorch", "onnxruntime", "onnxruntime-int8"} <= {*backends}
+    assert (reference, *backends) == ("pytorch", "pytorch", "onnxruntime", "onnxruntime-int8")
     assert set(table.tower) == {"image", "text", "both"} and (table.ratio_to_teacher > 0).all()
     assert (table[["gmacs", "params_m", "start_s", "peak_mb"]] > 0).all().all()
     exact = table[(table.model == "JettCLIP-T") & table.backend.isin(["pytorch", "onnxruntime"])]
     assert (exact.drift_text < 1e-5).all() and len(list(tmp_path.glob("*.svg"))) == 1
 
 
-def test_training(tmp_path):
-    sizes = {"batch_size": 4, "loss_batches": [40], "width": 36, "methods": ["afd", "mfd"]}
-    tables = run("training", tmp_path, **sizes)
+def test_training(run):
+    sizes = {"batch_size": 4, "pairs": 8, "loss_batches": [40], "width": 36}
+    tables = run("training", **sizes, methods=["afd", "mfd"])
     ratio = tables["losses"].set_index("what").ratio
     assert {"svd", "primary_components", "none", *METHODS} <= {*ratio.index}
     assert ratio.svd == ratio.none == 1 and (ratio > 0).all()
@@ -45,12 +67,12 @@ def test_training(tmp_path):
     assert table.ratio[0] == 1 and (table.samples_s > 0).all() and table.waiting.between(0, 1).all()
 
 
-def test_data(tmp_path):
-    sizes = {"sizes": [1000, 2000], "cached_pairs": 500, "built_pairs": 16}
-    tables = run("data", tmp_path, **sizes)
+def test_data(run, tmp_path):
+    sizes = {"sizes": [64, 128], "cached_pairs": 500, "built_pairs": 16}
+    tables = run("data", **sizes, captions=str(tmp_path / "captions.parquet"))
     speed = tables["speed"].groupby("what", sort=False)
     assert speed.ngroups == 4 and (speed.ratio.first() == 1).all()
     assert tables["speed"].per_second.notna().sum() == 2
     scale = tables["scale"].set_index("pairs")
-    assert list(scale.index) == [1000, 2000] and (scale > 0).all().all()
+    assert list(scale.index) == [64, 128] and (scale > 0).all().all()
     assert (scale.bytes_per_pair < 3200).all()

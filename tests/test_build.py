@@ -2,13 +2,12 @@
 
 import importlib.util
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import nbformat.v4
+import nbformat
 import pandas as pd
 import pytest
+from nbformat import v4
 
 from jettclip.models import MODELS
 
@@ -26,27 +25,22 @@ def test_every_model_is_counted():
     pd.testing.assert_frame_equal(table.set_index("model").loc[fresh.index], fresh, rtol=1e-4)
 
 
-def write_notebook(path, *exceptions):
-    """A notebook as papermill leaves it: `exceptions` of its cells, None where it did not run."""
-    output = nbformat.v4.new_output("execute_result", {"text/plain": "42"}, execution_count=1)
-    cells = [nbformat.v4.new_code_cell("6 * 7", outputs=[output]) for _ in exceptions]
-    for cell, exception in zip(cells, exceptions, strict=True):
-        cell.metadata.papermill = {"exception": exception}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
-
-
 def test_only_finished_notebooks_become_pages(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "ROOT", tmp_path)
     assert build.html("tiny") == []
-    for name, exceptions in {
+    output = v4.new_output("execute_result", {"text/plain": "42"}, execution_count=1)
+    for name, exceptions in {  # of each cell, as papermill leaves them; None: not run
         "data/00_data": (False, False),
         "fd-s0/02_train": (False,),
         "crd-s0/02_train": (False,),
         "crd-s1/02_train": (False, True, None),  # failed
         "teacher/01_teacher_features": (False, None),  # killed
     }.items():
-        write_notebook(tmp_path / f"runs/tiny/{name}.ipynb", *exceptions)
+        marks = [{"papermill": {"exception": exception}} for exception in exceptions]
+        cells = [v4.new_code_cell("6 * 7", outputs=[output], metadata=mark) for mark in marks]
+        path = tmp_path / f"runs/tiny/{name}.ipynb"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(v4.new_notebook(cells=cells), path)
     pages = build.html("tiny")
     names = ["02_train-crd-s0.html", "00_data.html", "02_train-fd-s0.html"]
     assert pages == [tmp_path / "report/build/tiny" / name for name in names]
@@ -64,16 +58,14 @@ def test_the_report_compiles_from_the_committed_results(tmp_path, monkeypatch):
         assert build.pdf("scenes").read_bytes().startswith(b"%PDF")
 
 
-def test_missing_results_are_named(tmp_path, monkeypatch):
+def test_mistakes_and_missing_results_are_named(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "notebooks/profiles", tmp_path / "notebooks/profiles")
     monkeypatch.setattr(build, "ROOT", tmp_path)
-    commands = "make report PROFILE=scenes and make report PROFILE=flickr8k"
-    with pytest.raises(FileNotFoundError, match=f"the report lacks results: run {commands}"):
-        build.pdf("scenes")
-    with pytest.raises(FileNotFoundError, match="run make report PROFILE=smoke$"):
-        build.pdf("smoke")
-
-
-def test_an_unknown_profile_is_an_error_with_a_hint():
-    command = [sys.executable, ROOT / "report/build.py", "scens"]
-    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert failed.returncode == 1 and "did you mean 'scenes'?" in failed.stderr
+    for profile, problem in (
+        ("scens", "did you mean 'scenes'"),
+        ("scenes", "run make report PROFILE=scenes and make report PROFILE=flickr8k"),
+        ("smoke", "run make report PROFILE=smoke$"),
+    ):
+        monkeypatch.setattr("sys.argv", ["build.py", profile])
+        with pytest.raises(SystemExit, match=f"error: .*{problem}"):
+            build.main()

@@ -2,6 +2,7 @@
 
 import io
 import zlib
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -34,49 +35,35 @@ def no_data_folder(monkeypatch):
     monkeypatch.delenv("JETTCLIP_DATA", raising=False)
 
 
-def write_flickr8k(folder, split, n):
-    """n images at two sizes, of which the smaller are read, with five captions each; -> folder."""
-    for size in (160, 128):
-        images = [jpeg((size, size), (20 * i, 0, 0)) for i in range(n)]
-        captions = [[f"{i} {text}" for text in FIVE] for i in range(n)]
-        table = {"image": images, "filename": [f"{i}.jpg" for i in range(n)], "captions": captions}
-        path = folder / f"flickr8k_{size}px_{split}.parquet"
-        pd.DataFrame({**table, "split": split}).to_parquet(path)
-    return folder
-
-
 @pytest.fixture
 def flickr8k(tmp_path):
-    return write_flickr8k(tmp_path, "train", 8)
+    """A folder of images at two sizes, of which the smaller are read, with five captions each."""
+    for size, (split, n) in product((160, 128), {"train": 8, "test": 12}.items()):
+        images = [jpeg((size, size), (20 * i, 0, 0)) for i in range(n)]
+        table = pd.DataFrame({"image": images, "split": split}, index=range(n))
+        table["filename"] = [f"{i}.jpg" for i in range(n)]
+        table["captions"] = [[f"{i} {text}" for text in FIVE] for i in range(n)]
+        table.to_parquet(tmp_path / f"flickr8k_{size}px_{split}.parquet")
+    return tmp_path
 
 
 def test_scenes():
-    pairs = [
-        load_pairs("scenes", split=split, n=5, seed=seed, image_size=32)
-        for seed in (3, 4)
-        for split in ("train", "val", "test")
-    ]
-    assert list(pairs[0].columns) == COLUMNS and set(pairs[1].split) == {"val"}
-    assert len(set().union(*(table.long for table in pairs))) == 30
+    draws = product((3, 4), ("train", "val", "test"))
+    tables = [load_pairs("scenes", None, split, 5, seed, image_size=32) for seed, split in draws]
+    assert list(tables[0].columns) == COLUMNS and set(tables[1].split) == {"val"}
+    assert pd.concat(tables).long.nunique() == 30
+    with pytest.raises(ValueError, match="data source 'scene' is unknown: did you mean 'scenes'"):
+        load_pairs("scene")
+    with pytest.raises(ValueError, match="scenes has no several captions of an image"):
+        load_pairs("scenes", n=3, draws=2)
 
 
-def test_details_where_the_source_knows_of_them(tmp_path):
+def test_details_where_the_source_knows_of_them(flickr8k):
     scenes = data.load_details("scenes", n=5, seed=1, image_size=32)
-    assert read_image(scenes.other_image[0]).shape == (3, 32, 32) and len(scenes) == 5
-    collages = data.load_details("collage", write_flickr8k(tmp_path, "test", 12), 5, image_size=48)
-    assert set(scenes.columns) == set(collages.columns) and len(collages) == 5
-    assert data.load_details("flickr8k", tmp_path) is None
-
-
-def test_wrong_arguments():
-    for arguments, problem in [
-        ({"source": "scene"}, "data source 'scene' is unknown: did you mean 'scenes'"),
-        ({"source": "scenes", "split": "valid"}, "split 'valid' is unknown: did you mean 'val'"),
-        ({"source": "scenes"}, "say how many with n"),
-        ({"source": "scenes", "n": 3, "draws": 2}, "scenes has no several captions of an image"),
-    ]:
-        with pytest.raises(ValueError, match=problem):
-            load_pairs(**arguments)
+    assert read_image(scenes.other_image[0]).shape == (3, 32, 32)
+    collages = data.load_details("collage", flickr8k, 5, image_size=48)
+    assert set(scenes.columns) == set(collages.columns) and len(scenes) == len(collages) == 5
+    assert data.load_details("flickr8k", flickr8k) is None
 
 
 def test_flickr8k(flickr8k, monkeypatch):
@@ -92,16 +79,19 @@ def test_flickr8k(flickr8k, monkeypatch):
     assert load_pairs("flickr8k").equals(pairs) and load_pairs("flickr8k", root="").equals(pairs)
     assert load_pairs("flickr8k", n=3).equals(pairs.head(3))
     assert not load_pairs("flickr8k", seed=1).long.equals(pairs.long)
+    path = flickr8k / "flickr8k_128px_train.parquet"
+    pd.read_parquet(path).drop(columns="captions").to_parquet(path)
+    with pytest.raises(ValueError, match=r"the column\(s\) captions; it has image, split, filen"):
+        load_pairs("flickr8k")
 
 
 def test_captions_in_other_orders(flickr8k):
     pairs = load_pairs("flickr8k", flickr8k, draws=3)
     assert pairs[COLUMNS].equals(load_pairs("flickr8k", flickr8k)[COLUMNS])
-    for row in pairs.itertuples():
-        orders = [sorted(long.removesuffix(".").split(". ")) for long in row.longs]
+    for longs, shorts in zip(pairs.longs, pairs.shorts, strict=True):
+        orders = [sorted(long.removesuffix(".").split(". ")) for long in longs]
         assert len(orders) == 3 and orders[0] == orders[1] == orders[2]
-        for long, short in zip(row.longs, row.shorts, strict=True):
-            assert long.startswith(short + ".")
+        assert all(long.startswith(short + ".") for long, short in zip(longs, shorts, strict=True))
     assert any(len(set(longs)) > 1 for longs in pairs.longs)
     dataset = PairDataset(pairs, 16, 77, draw_crops(8, 4, seed=0), draws=True)
     second = PairDataset(pairs.assign(long=pairs.longs.str[1], short=pairs.shorts.str[1]), 16, 77)
@@ -110,21 +100,10 @@ def test_captions_in_other_orders(flickr8k):
         assert torch.equal(dataset[5, k][4], expected.short[5])
 
 
-def test_flickr8k_without_a_column(flickr8k):
-    path = flickr8k / "flickr8k_128px_train.parquet"
-    pd.read_parquet(path).drop(columns="captions").to_parquet(path)
-    with pytest.raises(ValueError, match=r"the column\(s\) captions; it has image, filename, spl"):
-        load_pairs("flickr8k", flickr8k)
-
-
 def test_clean_pairs():
-    cases = {
-        "truncated": (jpeg()[:-100], "long", "short"),
-        "zero bytes": (b"", "long", "short"),
-        "text": (b"<html>404 not found</html>", "long", "short"),
-        "none": (None, "long", "short"),
-        "not a number": (float("nan"), "long", "short"),
-        "no file": ("there/is/none.jpg", "long", "short"),
+    broken = {"truncated": jpeg()[:-100], "zero bytes": b"", "text": b"<html>404 not found</html>"}
+    broken |= {"none": None, "not a number": float("nan"), "no file": "there/is/none.jpg"}
+    cases = {key: (image, "long", "short") for key, image in broken.items()} | {
         "good": (jpeg(), "long", "short"),
         "empty": (jpeg(), "", "short"),
         "full stops": (jpeg(), "long", " . ."),
@@ -139,30 +118,28 @@ def test_clean_pairs():
     assert list(usable.index) == [0, 1, 2, 3] and len(PairDataset(usable, 32)) == 4
     assert list(report.key[:6]) == list(cases)[:6]
     assert report.problem[:6].str.startswith("unreadable image, left out: ").all()
-    assert dict(report[6:].to_numpy()) == {
-        "empty": "empty long caption, left out",
-        "full stops": "empty short caption, left out",
-        "no caption": "empty short caption, left out",  # and the long one
-        "too long": "long caption of 249 tokens, truncated to 248",
-        "short too long": "short caption of 302 tokens, truncated to 248",
-    }
+    assert (report.key + ": " + report.problem)[6:].tolist() == [
+        "empty: empty long caption, left out",
+        "full stops: empty short caption, left out",
+        "no caption: empty long caption, left out",
+        "no caption: empty short caption, left out",
+        "too long: long caption of 249 tokens, truncated to 248",
+        "short too long: short caption of 302 tokens, truncated to 248",
+    ]
     assert list(clean_pairs(usable.iloc[:1])[1].columns) == ["key", "problem"]
     with pytest.raises(ValueError, match=r"lacks the column\(s\) short, key; it has image, long"):
         clean_pairs(table.drop(columns=["short", "key"]))
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "1"])
-def test_read_image(mode, tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels).convert(mode)
-    expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    path = tmp_path / "image.png"
-    path.write_bytes(encoded(image))
-    for source in (encoded(image), path, str(path)):
-        assert read_image(source).dtype == torch.uint8 and torch.equal(read_image(source), expected)
-
-
-def test_read_image_of_16_bits_and_upright():
+def test_read_image(tmp_path):
+    pixels, path = np.random.default_rng(0).integers(0, 256, (9, 12, 3)), tmp_path / "image.png"
+    for mode in ("RGB", "L", "P", "RGBA", "LA", "1"):
+        image = Image.fromarray(pixels.astype(np.uint8)).convert(mode)
+        expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        path.write_bytes(encoded(image))
+        for source in (encoded(image), path, str(path)):
+            assert torch.equal(read_image(source), expected)
+    # 16 bits, and a photograph to be turned
     image = read_image(encoded(Image.fromarray(np.array([[0, 257, 30000, 65535]], np.uint16))))
     assert image.dtype == torch.uint8 and image.tolist() == [[[0, 1, 117, 255]]] * 3
     image = Image.new("RGB", (20, 10))
@@ -178,18 +155,16 @@ def test_read_jpeg_as_pillow_does(mode):
     channels = [np.add.outer(up, up), np.add.outer(127 - up, up), np.add.outer(up, 127 - up)]
     image = Image.fromarray(np.stack(channels, axis=2).astype(np.uint8)).convert(mode)
     file = encoded(image, "JPEG", quality=95)
-    expected = np.array(Image.open(io.BytesIO(file)).convert("RGB")).astype(int).transpose(2, 0, 1)
-    assert np.abs(read_image(file).numpy().astype(int) - expected).max() <= 1
+    expected = np.array(Image.open(io.BytesIO(file)).convert("RGB")).transpose(2, 0, 1)
+    np.testing.assert_allclose(read_image(file).int(), expected, rtol=0, atol=1)
 
 
 @pytest.mark.filterwarnings("ignore:Image size")
 @pytest.mark.parametrize("size", [12_000, 60_000])
 def test_decompression_bombs_are_refused_unread(size):
-    def chunk(body):
-        return (len(body) - 4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
-
-    header = b"IHDR" + size.to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
-    bomb = b"\x89PNG\r\n\x1a\n" + chunk(header) + chunk(b"IDAT")
+    bomb = encoded(Image.new("RGB", (1, 1)))
+    header = b"IHDR" + size.to_bytes(4, "big") * 2 + bomb[24:29]
+    bomb = bomb[:12] + header + zlib.crc32(header).to_bytes(4, "big") + bomb[33:]
     with pytest.raises((ValueError, Image.DecompressionBombError), match="exceeds"):
         read_image(bomb)
 
@@ -201,8 +176,9 @@ def test_draw_crops():
     assert 0.3 <= (side**2).min() < 0.32 and 0.98 < side.max() <= 1
     assert place.min() >= 0 and place.max() <= 1
     assert 0.45 < flips.mean() < 0.55 and set(flips.flat) == {0, 1}
-    assert np.array_equal(boxes, draw_crops(400, 3, seed=1, smallest=0.3, flip=True))
-    assert not np.array_equal(boxes, draw_crops(400, 3, seed=2, smallest=0.3, flip=True))
+    for seed in (1, 2):
+        again = draw_crops(400, 3, seed, smallest=0.3, flip=True)
+        assert np.array_equal(boxes, again) == (seed == 1)
 
 
 share = st.floats(0, 1)
@@ -224,11 +200,10 @@ def test_crops_lie_inside_the_image(height, width, side, y, x):
 
 def test_crop_by_hand():
     image = torch.arange(12, dtype=torch.uint8).view(1, 3, 4).expand(3, 3, 4) * 20
-    # 2 x 2 of 3 x 4 pixels, from row 1 and column 2
-    seen = data.crop(image, (0.5, 0.5, 0.99, 0), 2)
-    assert seen.tolist() == [[[120, 140], [200, 220]]] * 3
-    flipped = data.crop(image, np.array([0.5, 0.5, 0.99, 1], np.float32), 2)
-    assert flipped.tolist() == [[[140, 120], [220, 200]]] * 3
+    # 2 x 2 of 3 x 4 pixels, from row 1 and column 2, as they are and flipped
+    for flip, seen in ((0, [[120, 140], [200, 220]]), (1, [[140, 120], [220, 200]])):
+        box = np.array([0.5, 0.5, 0.99, flip], np.float32)
+        assert data.crop(image, box, 2).tolist() == [seen] * 3
     assert data.crop(image[:, :1], (0.5, 1, 1, 0), 8).shape == (3, 8, 8)
     for box in draw_crops(2, 3, seed=0).reshape(-1, 4):
         assert torch.equal(data.crop(image, box, 4), data.crop(image, (1, 0, 0, 0), 4))  # the whole
@@ -242,7 +217,6 @@ def test_dataset(table):
     assert torch.allclose(image, data.crop(read_image(table.image[4]), boxes[4, 2], 16) / 255)
     assert long.shape == short.shape == (77,) and long[-1] == 49407  # truncated
     assert torch.equal(long[1:12], short[1:12])  # begins with the same words
-    assert torch.allclose(PairDataset(table, 32)[4, 0][2], read_image(table.image[4]) / 255)
     assert len(PairDataset(table[:0], 32)) == 0
 
 
@@ -280,11 +254,9 @@ def test_epoch_batches():
     assert batches.shape == (6, 8, 2)
     rows, ks = batches.reshape(-1, 2).T
     assert len(set(rows)) == 48 and set(rows) <= set(range(50)) and set(ks) == {0, 1, 2}
-    torch.manual_seed(5)
-    np.random.seed(5)
-    assert np.array_equal(batches, data.epoch_batches(50, 8, seed=1, epoch=2, crops=3))
-    for seed, epoch in ((1, 3), (2, 2)):
-        assert not np.array_equal(batches, data.epoch_batches(50, 8, seed, epoch, crops=3))
+    for seed, epoch in ((1, 2), (1, 3), (2, 2)):
+        again = data.epoch_batches(50, 8, seed, epoch, crops=3)
+        assert np.array_equal(batches, again) == ((seed, epoch) == (1, 2))
     assert sorted(data.epoch_batches(48, 8, 1, 2)[..., 0].flat) == list(range(48))
 
 
@@ -293,7 +265,5 @@ def test_loader_follows_its_batches(dataset):
     assert [batch.tolist() for batch in data.in_order(5, 2, k=1)] == expected
     batches = list(data.loader(dataset, [[(3, 0), (1, 0)], [(20, 0)]]))
     assert [rows.tolist() for rows, *_ in batches] == [[3, 1], [20]]
-    rows, ks, images, long, short = batches[0]
-    assert ks.tolist() == [0, 0] and images.shape == (2, 3, 32, 32)
-    assert torch.equal(images[1], dataset[1, 0][2])
-    assert torch.equal(long, dataset.long[[3, 1]]) and torch.equal(short, dataset.short[[3, 1]])
+    for i, row in enumerate((3, 1)):
+        assert all(torch.equal(batches[0][j][i], dataset[row, 0][j]) for j in (2, 3, 4))

@@ -5,7 +5,8 @@ import resource
 import shutil
 import signal
 import socket
-import traceback
+from functools import partial
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -23,18 +24,16 @@ from jettclip.utils import write_json
 FILES = ("image.npy", "long.npy", "short.npy", "crops.npy", "manifest.json")
 
 
-class StubTeacher:
+class StubTeacher(torch.nn.Module):
     """Linear maps of pixels and tokens. It counts its image batches; `stop(count)` comes first."""
 
     def __init__(self, stop=lambda count: None):
+        super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.config, self.logit_scale = {"embed_dim": 8}, torch.zeros(())
         self.image_map = torch.randn(3 * 16 * 16, 8, generator=generator)
         self.text_map = torch.randn(49408, 8, generator=generator)
         self.calls, self.stop = 0, stop
-
-    def eval(self):
-        return self
 
     def encode_image(self, images, normalize):
         self.calls += 1
@@ -71,13 +70,19 @@ def finished(data, tmp_path_factory):
     return folder
 
 
-def test_rows_are_the_teachers_features(table, tmp_path):
-    teacher, crops = tiny_model().eval(), draw_crops(len(table), 3, seed=0, smallest=0.4, flip=True)
-    dataset = PairDataset(table, 32, crops=crops)
-    build(tmp_path, (table, dataset), teacher, batch_size=7)
-    cache = FeatureCache.open(tmp_path, teacher="t", data=fingerprint(table), rows=24)
+def test_a_job_stores_the_teachers_features(table, tmp_path):
+    files = {name: str(tmp_path / name) for name in ("folder", "data", "teacher")}
+    table.to_parquet(files["data"])
+    save_folder(teacher := tiny_model().eval(), files["teacher"])
+    settings = {"augmentations": 3, "smallest_crop": 0.4, "flip": True, "seed": 3, "batch_size": 7}
+    write_json(tmp_path / "job.json", {**files, **settings})
+    start(tmp_path / "job.json")
+    source = {"teacher": file_hash(files["teacher"]), "data": fingerprint(table), "rows": 24}
+    cache = FeatureCache.open(files["folder"], **source)
     assert cache.image.shape == (24, 3, 16) and cache.image.dtype == np.float16
-    assert np.array_equal(cache.crops, crops)
+    crops = draw_crops(24, 3, seed=3, smallest=0.4, flip=True)
+    dataset = PairDataset(table, 32, crops=crops)
+    assert np.array_equal(cache.crops, crops) and len(np.unique(crops[..., 0])) == 72
     rows, ks = torch.tensor([5, 23, 0, 5]), torch.tensor([1, 0, 2, 2])
     images = torch.stack([dataset[int(row), int(k)][2] for row, k in torch.stack([rows, ks], 1)])
     with torch.inference_mode():
@@ -91,16 +96,15 @@ def test_rows_are_the_teachers_features(table, tmp_path):
 def test_a_finished_cache_is_opened_or_refused(finished, data, tmp_path):
     teacher, (table, dataset) = StubTeacher(), data
     assert build(finished, data, teacher).manifest["rows"] == 23 and teacher.calls == 0
-    for other, problem in [
-        ((table[::-1], dataset), "another data"),
-        ((table.assign(long=table.long + " More."), dataset), "another data"),
-        ((table, PairDataset(table, 16, crops=1 - dataset.crops)), "another crops"),
-        ((table[:9], PairDataset(table[:9], 16)), "another rows .cached 23, asked 9"),
+    for asked, teacher_hash, problem in [
+        ((table[::-1], dataset), "t", "data"),
+        ((table.assign(long=table.long + " More."), dataset), "t", "data"),
+        ((table, PairDataset(table, 16, crops=1 - dataset.crops)), "t", "crops"),
+        ((table[:9], PairDataset(table[:9], 16)), "t", "rows .cached 23, asked 9"),
+        (data, "u", r"teacher \(cached 't', asked 'u'\)"),
     ]:
-        with pytest.raises(ValueError, match=f"{problem}.*: delete the folder"):
-            build(finished, other)
-    with pytest.raises(ValueError, match=r"another teacher \(cached 't', asked 'u'\)"):
-        build(finished, data, teacher_hash="u")
+        with pytest.raises(ValueError, match=f"another {problem}.*: delete the folder"):
+            build(finished, asked, teacher_hash=teacher_hash)
     with pytest.raises(FileNotFoundError, match="no finished feature cache: run notebook 01"):
         FeatureCache.open(tmp_path)
 
@@ -130,21 +134,13 @@ def test_damaged_files_are_refused(name, finished, tmp_path):
             FeatureCache.open(folder)
 
 
-def fork(function, **environment):
-    """Run function() in a copy of this process -> the copy's process id."""
-    if pid := os.fork():
-        return pid
-    try:
-        os.environ.update(environment)
-        function()
-        os._exit(0)
-    finally:
-        traceback.print_exc()
-        os._exit(1)
-
-
-def exit_code(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def exit_codes(*functions):
+    """Run functions side by side, in copies of this process."""
+    processes = [get_context("fork").Process(target=function) for function in functions]
+    for step in ("start", "join"):
+        for process in processes:
+            getattr(process, step)()
+    return [process.exitcode for process in processes]
 
 
 def interrupt(folder, data):
@@ -154,18 +150,25 @@ def interrupt(folder, data):
         if count == 31:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    assert exit_code(fork(lambda: build(folder, data, StubTeacher(stop)))) == -signal.SIGKILL
+    assert exit_codes(lambda: build(folder, data, StubTeacher(stop))) == [-signal.SIGKILL]
     assert not (folder / "manifest.json").exists()
 
 
-# Image batches 21 to 46 are missing; without one of its files the list of done batches is not used.
-@pytest.mark.parametrize("lost, calls", [("nothing", 26), ("long.npy", 46), ("done.npy", 46)])
-def test_a_killed_build_resumes(lost, calls, finished, data, tmp_path):
+# Image batches 21 to 46 are missing; without one of its files the list of done batches is not used,
+# and not where they had another size or teacher.
+RESUMED = [("nothing", {}, 26), ("long.npy", {}, 46), ("done.npy", {}, 46)]
+RESUMED += [("nothing", {"batch_size": 2}, 24), ("nothing", {"teacher_hash": "u"}, 46)]
+
+
+@pytest.mark.parametrize("lost, change, calls", RESUMED)
+def test_a_killed_build_resumes(lost, change, calls, finished, data, tmp_path):
     interrupt(tmp_path, data)
     (tmp_path / lost).unlink(missing_ok=True)
     teacher = StubTeacher()
-    build(tmp_path, data, teacher)
-    assert teacher.calls == calls and contents(tmp_path) == contents(finished)
+    build(tmp_path, data, teacher, **change)
+    assert teacher.calls == calls and (change or contents(tmp_path) == contents(finished))
+    for name in FILES[:3]:
+        assert np.allclose(np.load(tmp_path / name), np.load(finished / name), atol=1e-3)
 
 
 def test_processes_share_the_work(finished, data, tmp_path):
@@ -176,11 +179,14 @@ def test_processes_share_the_work(finished, data, tmp_path):
         build(tmp_path, data, teacher, report=report)
         assert teacher.calls == 13
 
+    def process(rank):
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        os.environ.update(RANK=rank, **group)
+        in_processes(run, None)
+
     with socket.create_server(("localhost", 0)) as server:
         port = str(server.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    pids = [fork(lambda: in_processes(run, None), RANK=rank, **group) for rank in "01"]
-    assert [exit_code(pid) for pid in pids] == [0, 0]
+    assert exit_codes(partial(process, "0"), partial(process, "1")) == [0, 0]
     assert contents(tmp_path) == contents(finished)
 
 
@@ -196,27 +202,3 @@ def test_full_disk(finished, data, tmp_path):
     assert list(tmp_path.iterdir()) == []
     build(tmp_path, data)
     assert contents(tmp_path) == contents(finished)
-
-
-@pytest.mark.parametrize("change, calls", [({"batch_size": 2}, 24), ({"teacher_hash": "u"}, 46)])
-def test_a_killed_build_of_something_else_is_redone(change, calls, finished, data, tmp_path):
-    """Done batches of another size or teacher are not those that are needed."""
-    interrupt(tmp_path, data)
-    teacher = StubTeacher()
-    build(tmp_path, data, teacher, **change)
-    assert teacher.calls == calls
-    for name in FILES[:3]:
-        assert np.allclose(np.load(tmp_path / name), np.load(finished / name), atol=1e-3)
-
-
-def test_a_job_from_files(table, tmp_path):
-    files = {name: str(tmp_path / name) for name in ("folder", "data", "teacher")}
-    table.to_parquet(files["data"])
-    save_folder(tiny_model().eval(), files["teacher"])
-    crops = {"augmentations": 2, "smallest_crop": 0.5, "flip": True, "seed": 3}
-    write_json(tmp_path / "job.json", {**files, **crops, "batch_size": 8})
-    cache = start(tmp_path / "job.json")
-    assert cache.image.shape == (24, 2, 16) and len(np.unique(cache.crops[..., 0])) == 48
-    assert np.array_equal(cache.crops, draw_crops(24, 2, seed=3, smallest=0.5, flip=True))
-    opened = FeatureCache.open(files["folder"], teacher=file_hash(files["teacher"]))
-    assert opened.manifest == cache.manifest

@@ -7,18 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ORDER = [
-    "utils",
-    "distributed",
-    "runs",
-    "losses",
-    "deploy.runtime",
-    "text",
-    "checkpoints",
-    "models",
-]
-ORDER += ["datasets.published", "datasets.scenes", "datasets.collage", "data", "evaluate"]
-ORDER += ["analysis", "features", "train", "deploy.export", "deploy.timing", "search"]
+ORDER = ["utils", "distributed", "runs", "losses", "deploy.runtime", "text", "checkpoints"]
+ORDER += ["models", "datasets.published", "datasets.scenes", "datasets.collage", "data"]
+ORDER += ["evaluate", "analysis", "features", "train", "deploy.export", "deploy.timing", "search"]
 BARRED = {"IPython", "matplotlib", "nbconvert", "papermill", "snakemake", "typst"}
 
 

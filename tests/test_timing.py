@@ -10,26 +10,21 @@ from jettclip.deploy import timing
 TOKENS = jettclip.get_tokenizer("JettCLIP-T")(["a red ring", "a blue star " * 20])
 
 
-def layer(length, width, queries=None):
-    """Multiply-accumulates of a transformer layer: keys and values of all tokens, the rest of
-    `queries` tokens only."""
-    queries = queries or length
-    keys_and_values, attention = 2 * length * width**2, 2 * queries * length * width
-    return keys_and_values + attention + queries * (2 * width**2 + 8 * width**2)
-
-
 def test_costs_by_hand():
+    def layer(length, width, queries):
+        """Keys and values of all tokens, the rest of `queries` tokens only."""
+        keys_and_values, attention = 2 * length * width**2, 2 * queries * length * width
+        return keys_and_values + attention + queries * (2 * width**2 + 8 * width**2)
+
     assert timing.parameters_m(torch.nn.Linear(10, 5)) == pytest.approx(55e-6)
     sizes = {"vision_width": 128, "vision_layers": 2, "embed_dim": 32}
     sizes |= {"text_width": 64, "text_heads": 1, "text_layers": 3}
     image, text = timing.gmacs(jettclip.create_model("LongCLIP-B", **sizes).eval(), tokens=50)
     patches = (224 // 16) ** 2
-    embedding = patches * 3 * 16**2 * 128
-    assert image * 1e9 == pytest.approx(embedding + 2 * layer(patches + 1, 128) + 128 * 32)
-    assert text * 1e9 == pytest.approx(2 * layer(50, 64) + layer(50, 64, queries=1) + 64 * 32)
-
-
-def test_gmacs_follow_length_where_padding_is_cut():
+    embedding, length = patches * 3 * 16**2 * 128, patches + 1
+    assert image * 1e9 == pytest.approx(embedding + 2 * layer(length, 128, length) + 128 * 32)
+    assert text * 1e9 == pytest.approx(2 * layer(50, 64, 50) + layer(50, 64, queries=1) + 64 * 32)
+    # Work follows the length where padding is cut.
     short, long = (timing.gmacs(tiny_model().eval(), tokens)[1] for tokens in (20, 200))
     stretched = timing.gmacs(tiny_model(text_tower="stretched").eval(), 20)[1]
     assert 5 * short < long < stretched
@@ -53,6 +48,6 @@ def test_latency_rows():
     assert table[table.tower == "text"].tokens.tolist() == [5, 5, 62, 62]
     both = timing.both_towers(table, "mixed")
     expected = table[(table.model == "student") & (table.batch == 2)].p50_ms.sum()
-    row = both[(both.model == "student") & (both.batch == 2)]
-    assert row.p50_ms.item() == pytest.approx(expected) and row.tokens.item() == 62
+    row = both.set_index(["model", "batch"]).loc[("student", 2)]
+    assert row.p50_ms == pytest.approx(expected) and row.tokens == 62
     assert (both[both.model == "teacher"].ratio_to_teacher == 1).all()
