@@ -24,8 +24,7 @@ CONTEXT = 248  # tokens that Long-CLIP reads, start and end token included
 def byte_pairs():
     """open_clip's byte pairs -> `tokenizers.Tokenizer`, the pattern that splits words."""
     known = SimpleTokenizer()
-    merges = list(known.bpe_ranks)
-    model = tokenizers.models.BPE(known.encoder, merges, end_of_word_suffix="</w>")
+    model = tokenizers.models.BPE(known.encoder, [*known.bpe_ranks], end_of_word_suffix="</w>")
     bpe = tokenizers.Tokenizer(model)
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.add_special_tokens(["<start_of_text>", "<end_of_text>"])
@@ -74,10 +73,8 @@ class TextTower(nn.Module):
         if len(shape) != 2 or shape[1] > longest:
             raise ValueError(f"tokens of shape {shape}: this model reads (B, up to {longest})")
         end = tokens.argmax(dim=1)  # (B, L) -> (B,)
-        if self.trims:
-            tokens = tokens[:, : int(end.max()) + 1]
-        else:
-            tokens = F.pad(tokens, (0, longest - shape[1]))
+        length = int(end.max()) + 1 if self.trims else longest
+        tokens = F.pad(tokens, (0, length - shape[1]))  # cuts where this is negative
         # One look-up for all groups: the gradient of each would be as large as the vocabulary.
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # (B, L, d)
         return self.encode_batch(x, end) if self.trims else self.encode(x, end)
@@ -182,8 +179,7 @@ class TokenConv(nn.Conv2d):
         """(B, L, d), padding zeroed -> (B, L, d), or without `pad` (B, L - 2 half, d)."""
         x = x if mask is None else x * mask.unsqueeze(2)
         x = x.transpose(1, 2).unsqueeze(2)  # (B, L, d) -> (B, d, 1, L)
-        padding = (0, self.half if pad else 0)
-        x = F.conv2d(x, self.weight, self.bias, padding=padding, groups=self.groups)
+        x = F.conv2d(x, self.weight, self.bias, 1, (0, self.half * pad), groups=self.groups)
         return x.squeeze(2).transpose(1, 2)
 
 
