@@ -1,22 +1,18 @@
 """Several processes, or one in chunks, have the gradients of one process over the whole batch.
 
-The model has no batch norm, which sees its own process's rows or its chunk. Run as a script, by
-torchrun, this file is one of the processes.
+The model has no batch norm, which sees its own process's rows or its chunk.
 """
 
-import subprocess
 import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from conftest import tiny_model
+from training import make_data, quiet, run_group
 
 from jettclip import create_model, train
-from jettclip.data import PairDataset, draw_crops
-from jettclip.datasets.scenes import make_pairs
-from jettclip.features import FeatureCache
+from jettclip.distributed import in_processes, is_first, torchrun
 from jettclip.losses import METHODS
 from jettclip.train import Config, fit, optimizer_of
 
@@ -28,20 +24,15 @@ FEW = [("none", "both", 16), ("crd+fd", "long", 16), (ALL, "both", 16), (ALL, "b
 CASES = {2: FEW + [(method, "both", 16) for method in METHODS], 3: FEW}
 
 
-def make_data(folder):
-    table = make_pairs(ROWS, seed=1, size=32)
-    dataset = PairDataset(table, 32, crops=draw_crops(ROWS, 2, seed=0, smallest=0.5, flip=True))
-    caches = {}
-    for width in (16, 24):
-        teacher = tiny_model(seed=1, embed_dim=width)
-        cache = folder / str(width), teacher, "t", table, dataset
-        caches[width] = FeatureCache.build(*cache, report=lambda line: None)
-    return dataset, caches
+def make_all(folder):
+    """{width: (dataset, the teacher's cache)}"""
+    return {width: make_data(folder, ROWS, width) for width in (16, 24)}
 
 
-def gradients(data, folder, method, pairs, width, chunk=0):
+def gradients(data, folder, case, chunk=0):
     """Gradients of model and heads in the first step of a run."""
-    (dataset, caches), made = data, {}
+    (method, pairs, width), made = case, {}
+    dataset, cache = data[width]
 
     def keep(model, config, heads):
         made.update({"model": model, "heads": heads})
@@ -51,12 +42,9 @@ def gradients(data, folder, method, pairs, width, chunk=0):
     model, settings = create_model("LongCLIP-B", **SIZES), {"method": method, "pairs": pairs}
     config = Config(1, ROWS, chunk, components=4, teacher_scale=20.0, **settings)
     with mock.patch.object(train, "optimizer_of", keep):
-        fit(model, config, dataset, folder, caches[width], report=lambda line: None)
-    return {
-        f"{module} {name}": torch.zeros_like(p) if p.grad is None else p.grad
-        for module in made
-        for name, p in made[module].named_parameters()
-    }
+        fit(model, config, dataset, folder, cache, report=quiet)
+    parameters = {f"{module} {n}": p for module in made for n, p in made[module].named_parameters()}
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
 
 
 def largest_difference(a, b):
@@ -68,49 +56,52 @@ def largest_difference(a, b):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("caches"))
+    return make_all(tmp_path_factory.mktemp("caches"))
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """The gradients of every case in one process."""
+    return {case: gradients(data, tmp_path_factory.mktemp("run"), case) for case in CASES[2]}
+
+
+def compute(job, report):
+    """What a process of the group does."""
+    caches, result, cases = job
+    data = make_all(caches)  # opens them
+    found = [gradients(data, result / str(number), case) for number, case in enumerate(cases)]
+    if is_first():
+        torch.save(found, result / "gradients.pt")
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_processes(processes, data, tmp_path):
-    options = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
-    command = [sys.executable, *options, __file__, str(tmp_path), str(processes)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr[-3000:]
+def test_processes(processes, data, alone, tmp_path):
+    cases, caches = CASES[processes], data[16][1].folder.parent
+    run_group(processes, in_processes, compute, (caches, tmp_path, cases))
     found = torch.load(tmp_path / "gradients.pt", weights_only=True)
-    for number, case in enumerate(CASES[processes]):
-        alone = gradients(data, tmp_path / f"alone{number}", *case)
-        assert largest_difference(alone, found[number]) < 1e-5, case
-        assert "model logit_scale" in alone and (
-            len(case[0]) < 20 or "heads fuse_text.bias" in alone
-        )
+    for case, gradient in zip(cases, found, strict=True):
+        assert largest_difference(alone[case], gradient) < 1e-5, case
+        assert "model logit_scale" in gradient
+        assert case[0] != ALL or "heads fuse_text.bias" in gradient
 
 
 @pytest.mark.parametrize("case", FEW)
-def test_chunks(case, data, tmp_path):
+def test_chunks(case, data, alone, tmp_path):
     """7 + 5 rows at a time, primary components included."""
-    whole, chunked = (gradients(data, tmp_path / str(n), *case, chunk=n) for n in (0, 7))
-    assert largest_difference(whole, chunked) < 1e-5
+    assert largest_difference(alone[case], gradients(data, tmp_path, case, chunk=7)) < 1e-5
 
 
 def test_batch_norm_remembers_a_chunk_once(data, tmp_path):
-    (dataset, caches), model = data, tiny_model()
+    (dataset, cache), model = data[16], tiny_model()
     config = Config(steps=3, batch_size=ROWS, method="crd", components=4, chunk=4)
-    fit(model, config, dataset, tmp_path, caches[16], report=lambda line: None)
+    fit(model, config, dataset, tmp_path, cache, report=quiet)
     norms = [m for m in model.visual.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert {int(norm.num_batches_tracked) for norm in norms} == {3 * 3}
 
 
-def process(folder, processes):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    data = make_data(folder / "caches")
-    cases = enumerate(CASES[int(processes)])
-    found = {number: gradients(data, folder / str(number), *case) for number, case in cases}
-    if torch.distributed.get_rank() == 0:
-        torch.save(found, folder / "gradients.pt")
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    process(Path(sys.argv[1]), sys.argv[2])
+def test_the_error_of_a_process_is_shown(tmp_path, monkeypatch):
+    (tmp_path / "python").write_text("#!/bin/sh\necho $@ fails; exit 3\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(RuntimeError, match="with 3:\n.*-node 2 --standalone -m x a.json fails"):
+        torchrun("x", "a.json", 2)

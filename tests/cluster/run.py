@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from subprocess import DEVNULL
 
 import pandas as pd
 
@@ -27,29 +28,16 @@ TIMED_COLUMNS = "second|minutes|speed|ratio|_ms$|_s$"
 FLAGS = "--workflow-profile workflow/profiles/slurm --cores 1 --default-resources mem_mb=2000"
 FLAGS += " runtime=60 --slurm-init-seconds-before-status-checks 5"
 SETTINGS = """\
-ClusterName=jettclip
-SlurmctldHost={host}
-SlurmUser=root
-AuthType=auth/munge
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-JobContainerType=job_container/none
-MpiDefault=none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core_Memory
-SlurmdParameters=config_overrides
-ReturnToService=2
-NodeName={host} CPUs=2 RealMemory=8000 State=UNKNOWN
-PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
+ClusterName=jettclip SlurmctldHost={host} SlurmUser=root AuthType=auth/munge ReturnToService=2
+StateSaveLocation={folder}/state SlurmctldPidFile={folder}/slurmctld.pid
+SlurmctldLogFile={folder}/slurmctld.log SlurmdSpoolDir={folder}/spool
+SlurmdPidFile={folder}/slurmd.pid SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc TaskPlugin=task/none JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none JobContainerType=job_container/none MpiDefault=none
+SelectType=select/cons_tres SelectTypeParameters=CR_Core_Memory SlurmdParameters=config_overrides
 """
+NODE = "NodeName={host} CPUs=2 RealMemory=8000 State=UNKNOWN\n"
+NODE += "PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP\n"
 
 
 def shell(*command, **options):
@@ -61,12 +49,15 @@ def output(*command):
 
 
 def wait_until(what, condition, seconds=900):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        if time.monotonic() > end:
-            sys.exit(f"error: waited {seconds} s for {what}")
+    for _ in range(2 * seconds):
+        if found := condition():
+            return found
         time.sleep(0.5)
-    return found
+    sys.exit(f"error: waited {seconds} s for {what}")
+
+
+def end(pid_file):
+    os.kill(int(pid_file.read_text()), signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -78,30 +69,28 @@ def slurm(folder):
         sys.exit(f"error: {CONF} is there: this machine has a Slurm already, which is left alone")
     if not all(map(shutil.which, ("slurmctld", "slurmd", "munged", "squeue"))):
         shell("apt-get", "update", "-qq")
-        install = (
-            "apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge"
-        )
-        quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        shell(*install.split(), env=quiet, stdout=subprocess.DEVNULL)
+        packages = ("slurmctld", "slurmd", "slurm-client", "munge")
+        quiet = {"env": {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, "stdout": DEVNULL}
+        shell("apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages, **quiet)
     munge = Path("/run/munge/munged.pid")
     with contextlib.ExitStack() as stack:
         if not munge.exists():
             munge.parent.mkdir(exist_ok=True)
             shutil.chown(munge.parent, "munge", "munge")
             shell("setpriv", "--reuid=munge", "--regid=munge", "--clear-groups", "munged")
-            stack.callback(lambda: os.kill(int(munge.read_text()), signal.SIGTERM))
-        for name in ("state", "spool"):
-            (folder / name).mkdir()
+            stack.callback(end, munge)
+        (folder / "state").mkdir()
+        (folder / "spool").mkdir()
         stack.callback(CONF.unlink)
-        CONF.write_text(SETTINGS.format(host=os.uname().nodename, folder=folder))
+        settings = SETTINGS.replace(" ", "\n") + NODE
+        CONF.write_text(settings.format(host=os.uname().nodename, folder=folder))
         for daemon in ("slurmctld", "slurmd"):
             shell(daemon)
             pid = folder / f"{daemon}.pid"
             wait_until(f"{daemon}, whose log is {pid.with_suffix('.log')}", pid.exists, 30)
-            stack.callback(lambda pid=pid: os.kill(int(pid.read_text()), signal.SIGTERM))
-        stack.callback(
-            lambda: subprocess.run(["scancel", "--user=root", "--full"]) and time.sleep(5)
-        )
+            stack.callback(end, pid)
+        stack.callback(time.sleep, 5)
+        stack.callback(subprocess.run, ["scancel", "--user=root", "--full"])
         wait_until("an idle node", lambda: "idle" in output("sinfo", "-h"), 60)
         print(output("sinfo", "--version").strip())
         yield
@@ -134,18 +123,16 @@ def finish(process, folder):
 
 def job_of(variant):
     """The number of a variant's running job, or None."""
-    for line in output("squeue", "-h", "-t", "RUNNING", "-o", "%i|%k").splitlines():
-        job, _, comment = line.partition("|")
-        if comment == f"rule_train_wildcards_{variant}":
-            return job
+    jobs = output("squeue", "-h", "-t", "RUNNING", "-o", "%i|%k")
+    found = re.search(rf"^(\w+)\|rule_train_wildcards_{re.escape(variant)}$", jobs, re.M)
+    return found and found[1]
 
 
 def by_slurm(folder):
     """All steps as jobs, with the three faults."""
     run = folder / "runs/smoke"
     driver = snakemake(folder, FLAGS)
-    lock = run / "teacher/01_teacher_features.ipynb.lock"
-    wait_until("the teacher", lock.exists)
+    wait_until("the teacher", (run / "teacher/01_teacher_features.ipynb.lock").exists)
     driver.kill()
     driver.wait()
     print("killed Snakemake while the teacher is trained; started again", flush=True)
