@@ -20,6 +20,14 @@ EXTRAS = {name: list(map(Requirement, lines)) for name, lines in EXTRAS.items()}
 LINES = (ROOT / "requirements.txt").read_text().splitlines()
 PINS = [Requirement(line) for line in LINES if not line.startswith("#")]
 HERE = [pin for pin in PINS if pin.marker is None or pin.marker.evaluate()]
+BLOCKED = "IPython,matplotlib,nbconvert,papermill,psutil,snakemake,typst"
+IMPORT_ALL = """
+import importlib, sys
+from pathlib import Path
+sys.modules.update(dict.fromkeys(sys.argv[1].split(",")))  # None: an import of it fails
+for path in sorted(Path("jettclip").rglob("*.py")):
+    importlib.import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
+"""
 
 
 def test_pins_are_installed_and_within_the_ranges():
@@ -42,8 +50,11 @@ def test_conda_environment():
     assert rest == ["pip", {"pip": ["-r requirements.txt", "-e ."]}]
 
 
+def test_the_package_imports_without_the_extras():
+    subprocess.run([sys.executable, "-c", IMPORT_ALL, BLOCKED], cwd=ROOT, check=True)
+
+
 def test_the_package_asks_for_what_it_imports():
-    """So it needs none of the report's extras."""
     asked = {canonical(r.name) for r in PACKAGE + EXTRAS["openvino"] + EXTRAS["web"]}
     names = set()
     for path in ROOT.glob("jettclip/**/*.py"):
