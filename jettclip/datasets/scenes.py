@@ -106,7 +106,7 @@ def short_caption(scene):
 
 
 def caption(scene):
-    """The long caption: the short one, then a sentence for every object (63 to 188 CLIP tokens)."""
+    """The long caption: the short one, then a sentence for every object (70 to 200 tokens)."""
     sentences = [short_caption(scene) + "."]
     for thing in (scene.objects[i] for i in scene.order):
         words = THING.format(**thing._asdict())
