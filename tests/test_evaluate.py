@@ -17,7 +17,7 @@ from conftest import randomise, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 import jettclip
 from jettclip import evaluate
@@ -114,6 +114,10 @@ def test_retrieval_by_hand():
     assert five.n.tolist() == [60] * 4 + [12] * 4
     assert five.value["i2t_r5"] == pytest.approx(9 / 12)  # five wrong texts come first
     assert five.loc["t2i_r1", ["low", "high"]].equals(table.loc["t2i_r1", ["low", "high"]])
+
+    # Three more images, without a text.
+    more = evaluate.retrieval(torch.eye(15), pad(similarity, (0, 3)), torch.arange(12))
+    assert more.n.tolist() == [12] * 8 and more.value.tolist() == pytest.approx([*table.value])
 
 
 def test_intervals_are_those_of_a_plain_bootstrap_of_groups():
