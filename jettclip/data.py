@@ -1,5 +1,6 @@
 """Pairs of an image and its two captions: a table for every source, and its rows as tensors."""
 
+import hashlib
 import io
 import os
 import shutil
@@ -42,7 +43,7 @@ def load_pairs(source, root=None, split="train", n=None, seed=0, image_size=64, 
     if source in ("scenes", "collage") and n is None:
         raise ValueError(f"{source} are drawn without end: say how many with n")
     if draws > 1 and source not in ("flickr8k", "coco", "karpathy"):
-        raise ValueError(f"{source} has no several captions of an image: set caption_draws to 1")
+        raise ValueError(f"{source} has one caption of each image: set caption_draws to 1")
     if source == "scenes":
         return scenes.make_pairs(n, 3 * seed + published.SPLITS.index(split), image_size, split)
     root = root or os.environ.get("JETTCLIP_DATA")
@@ -118,6 +119,13 @@ def clean_pairs(table, context_length=248):
     return table[usable].reset_index(drop=True), pd.DataFrame(report, columns=["key", "problem"])
 
 
+def fingerprint(table):
+    """SHA-256 of a pairs table: its images, captions and their order."""
+    fields = table[["image", "long", "short"]].to_numpy().ravel()
+    data = (field if isinstance(field, bytes) else str(field).encode() for field in fields)
+    return hashlib.sha256(b"".join(hashlib.sha256(field).digest() for field in data)).hexdigest()
+
+
 def draw_crops(n, k, seed, smallest=1.0, flip=False):
     """K crops for each of N images: (N, K, 4) float32 of side, y, x in [0, 1] and flip (0 or 1).
 
@@ -162,6 +170,10 @@ class PairDataset(Dataset):
         columns = ["image", *(["longs", "shorts"] if draws else ["long", "short"])]
         arrow = pa.Table.from_pandas(table[columns], preserve_index=False).combine_chunks()
         self.images, *self.captions = arrow.columns
+        digest = hashlib.sha256(fingerprint(table).encode() + self.crops.tobytes())
+        for captions in self.captions if draws else ():
+            digest.update(repr(captions.to_pylist()).encode())
+        self.fingerprint = digest.hexdigest()  # of all that decides what this data set yields
         size = len(table) * read_image(table.image.iloc[0]).numel() if len(table) else 0
         self.in_memory, self._tokens = size <= IN_MEMORY, None
         if self.in_memory:

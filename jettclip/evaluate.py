@@ -142,7 +142,7 @@ def holm(p):
 
 def clear_best(values):
     """The name in {name: (n,)} with the best mean, if it beats all others by `holm`, else None."""
-    best = max(values, key=lambda name: np.mean(values[name]))
+    best = max(values, key=lambda name: np.mean(values[name]), default=None)
     p = holm([difference_interval(values[best], v)["p"] for k, v in values.items() if k != best])
     return best if len(p) and (p < 0.05).all() else None
 

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from .checkpoints import file_hash
-from .data import dataset_for, draw_crops, in_order, loader
+from .data import dataset_for, draw_crops, fingerprint, in_order, loader
 from .distributed import command_line, is_first, rank, torchrun, wait_for_all, world_size
 from .models import load_folder
 from .utils import progress, write_json, write_then_rename
@@ -27,11 +27,8 @@ FILES = ("image", "long", "short", "crops")
 REBUILD = "delete the folder to rebuild it"
 
 
-def fingerprint(table):
-    """SHA-256 of a pairs table: its images, captions and their order."""
-    fields = table[["image", "long", "short"]].to_numpy().ravel()
-    data = (field if isinstance(field, bytes) else str(field).encode() for field in fields)
-    return hashlib.sha256(b"".join(hashlib.sha256(field).digest() for field in data)).hexdigest()
+class Stale(ValueError):
+    """A feature cache is of another teacher, data or crops: notebook 01 builds it again."""
 
 
 class FeatureCache:
@@ -69,7 +66,11 @@ class FeatureCache:
         source["crops"] = hashlib.sha256(dataset.crops.tobytes()).hexdigest()
         source |= {"rows": n, "augmentations": k, "width": width, "dtype": "float16"}
         if (folder / "manifest.json").exists():
-            return cls.open(folder, **source)
+            try:
+                return cls.open(folder, **source)
+            except Stale as error:
+                report(f"{error}: building it again")
+                (folder / "manifest.json").unlink()
         manifest = {**source, "batch_size": batch_size}
         batches = [batch for view in range(k) for batch in in_order(n, batch_size, view)]
         rows = np.argsort(table.long.str.len().to_numpy(), kind="stable")  # by length: less padding
@@ -98,8 +99,7 @@ class FeatureCache:
         cached = {key: cache.manifest.get(key) for key in source}
         if differs := [key for key in source if cached[key] != source[key]]:
             values = [f"{key} (cached {cached[key]!r}, asked {source[key]!r})" for key in differs]
-            problem = f"the feature cache {folder} was made for another {'; another '.join(values)}"
-            raise ValueError(f"{problem}: {REBUILD}")
+            raise Stale(f"the feature cache {folder} is of other inputs: {'; '.join(values)}")
         return cache
 
     def rows(self, index, k):

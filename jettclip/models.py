@@ -36,7 +36,7 @@ PIXELS_AT_ONCE = 4 * 256**2  # of a CPU in evaluation: the activations of more d
 # MobileCLIP scales pixels to [0, 1] and does no more.
 PLAIN = {"mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bilinear"}
 OPENAI = {"mean": [*OPENAI_DATASET_MEAN], "std": [*OPENAI_DATASET_STD], "interpolation": "bicubic"}
-MOBILECLIP2 = OPENAI | {"interpolation": "bilinear"}  # of the larger ones
+MOBILECLIP2 = OPENAI | {"interpolation": "bilinear"}  # S3, S4
 LONG = {"context_length": CONTEXT}
 MASKED = LONG | {"mask_padding": True}
 HYBRID = {"hybrid": True, "layers": 4, "no_causal_mask": None}

@@ -1,16 +1,19 @@
 """A run folder: its lock, its checkpoints and its history."""
 
+import ast
+import hashlib
 import os
 import pickle
 import shutil
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 
-from .distributed import is_first, rank
+from .distributed import is_first, rank, wait_for_all
 from .utils import write_json, write_then_rename
 
 LOCK_SECONDS, SAVE_SECONDS = 10, 60  # longest wait for a folder, and between checkpoints
@@ -39,28 +42,52 @@ def load_checkpoint(folder, report=print):
     files = folder / "last.ckpt", folder / "previous.ckpt"
     for path in filter(os.path.exists, files):
         try:
-            return torch.load(path, weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
             report(f"{path} is damaged and not used: {str(error).splitlines()[0][:100]}")
 
 
-class Run:
-    """What a checkpoint holds: step, history, and the states of model, optimizer and heads."""
+def weights_hash(model):
+    """SHA-256 of a model's state."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
-    def __init__(self, folder, config, model, heads, optimizer, report):
+
+def code_hash():
+    """SHA-256 of the modules that training imports, as Python reads them: comments do not count."""
+    folder, unused = Path(__file__).parent, ("deploy", "search.py", "analysis.py")
+    paths = [
+        p for p in sorted(folder.rglob("*.py")) if p.relative_to(folder).parts[0] not in unused
+    ]
+    code = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in paths]
+    return hashlib.sha256("".join(code).encode()).hexdigest()
+
+
+class Run:
+    """What a checkpoint holds: step, history, and the states of model, optimizer and heads.
+
+    settings: all that decides what the run computes. A checkpoint of other settings is not resumed.
+    """
+
+    def __init__(self, folder, config, model, heads, optimizer, inputs, report):
         self.folder, self.config, self.model, self.report = folder, config, model, report
         self.settings = {**asdict(config), "weights": list(config.weights)}
-        self.settings |= {"model": model.name, "model_config": model.config}
+        self.settings |= {"model": model.name, "model_config": model.config, **inputs}
+        self.settings |= {"start": weights_hash(model), "code": code_hash()}
         self.modules = {"model": model, "optimizer": optimizer, "heads": heads}
         self.step, self.history = 0, []
         self.start = self.saved = time.monotonic()
 
     def resume(self):
         """Load the folder's checkpoint, or clear the folder for a new start."""
-        if saved := load_checkpoint(self.folder, self.report):
-            if differs := [k for k, v in self.settings.items() if saved["settings"].get(k, k) != v]:
-                error = f"{self.folder} holds a run with other settings ({', '.join(differs)}): "
-                raise ValueError(error + "delete it or name another folder")
+        saved = load_checkpoint(self.folder, self.report)
+        old = saved["settings"] if saved else self.settings
+        if differs := [key for key, value in self.settings.items() if old.get(key, key) != value]:
+            changed = f"{self.folder}: {', '.join(differs)} changed since its checkpoint"
+            self.report(f"{changed}; training starts again")
+        if saved and not differs:
             for name, module in self.modules.items():
                 module.load_state_dict(saved[name])
             torch.set_rng_state(saved["rng"])
@@ -102,7 +129,9 @@ class Run:
         bad = ~torch.stack([f.isfinite().all(dim=1) for f in features]).all(dim=0)  # (B,)
         keys = [str(key) for key, is_bad in zip(keys, bad.tolist(), strict=True) if is_bad]
         file, state = self.folder / "not-finite.ckpt", {**self.state(), "keys": keys}
-        write_then_rename(file, lambda path: torch.save(state, path))
+        if is_first():
+            write_then_rename(file, lambda path: torch.save(state, path))
+        wait_for_all()  # the first error ends all processes
         losses, rows = {k: t.item() for k, t in terms.items()}, ", ".join(keys[:5]) or "none"
         return FloatingPointError(
             f"loss is {sum(losses.values())} at step {self.step} of {self.folder}: {losses}; rows "

@@ -146,7 +146,7 @@ class TransformerText(TextTower, TextTransformer):
 
 
 class TokenBatchNorm(nn.BatchNorm1d):
-    """Batch norm of (B, L, d) with the statistics of real tokens; padding comes out as anything."""
+    """Batch norm of (B, L, d) with the statistics of real tokens; its output at padding is void."""
 
     def forward(self, x, mask=None):
         if mask is None or not self.training:

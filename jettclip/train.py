@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from . import distributed
 from .checkpoints import fill, save_folder
-from .data import dataset_for, epoch_batches, loader
+from .data import dataset_for, epoch_batches, fingerprint, loader
 from .distributed import average_gradients, gather, is_first, rank, world_size
 from .evaluate import recall
-from .features import FeatureCache, fingerprint
+from .features import FeatureCache
 from .losses import Heads, parse_method, total_loss
 from .models import create_model
 from .runs import Run, lock
@@ -57,8 +57,9 @@ class Config:
 
     def __post_init__(self):
         parse_method("+".join(self.method_weights) or "none")
-        if unused := {*self.method_weights} - {*parse_method(self.method)}:
-            raise ValueError(f"method_weights has {unused}, the method {self.method!r} has not")
+        if unused := sorted({*self.method_weights} - {*parse_method(self.method)}):
+            names = ", ".join(unused)
+            raise ValueError(f"method_weights names {names}; the method is {self.method!r}")
         if self.pairs not in ("long", "both"):
             raise ValueError(nearest(self.pairs, ("long", "both"), "pairs"))
         self.weights = tuple(self.weights)
@@ -176,7 +177,11 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=tqdm.w
         heads = Heads(config.method, width, sum(widths) or width).to(device)
     trained = [*model.parameters(), *heads.parameters()]
     optimizer = optimizer_of(model, config, heads)
-    run = Run(folder, config, model, heads, optimizer, report)
+    inputs = {
+        "data": dataset.fingerprint,
+        "teachers": [cache.manifest["sha256"] for cache in caches],
+    }
+    run = Run(folder, config, model, heads, optimizer, inputs, report)
     settings = {"heads": heads, "teacher_widths": widths, **config.loss()}
 
     def objective(features, teacher):

@@ -54,7 +54,7 @@ def test_scenes():
     assert pd.concat(tables).long.nunique() == 30
     with pytest.raises(ValueError, match="data source 'scene' is unknown: did you mean 'scenes'"):
         load_pairs("scene")
-    with pytest.raises(ValueError, match="scenes has no several captions of an image"):
+    with pytest.raises(ValueError, match="scenes has one caption of each image"):
         load_pairs("scenes", n=3, draws=2)
 
 

@@ -1,6 +1,7 @@
 """Cached features are the teacher's, no cache is taken for another, and a killed build resumes."""
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -18,7 +19,7 @@ from jettclip.checkpoints import file_hash, save_folder
 from jettclip.data import PairDataset, draw_crops
 from jettclip.datasets.scenes import make_pairs
 from jettclip.distributed import in_processes
-from jettclip.features import FeatureCache, fingerprint, start
+from jettclip.features import FeatureCache, Stale, fingerprint, start
 from jettclip.utils import write_json
 
 FILES = ("image.npy", "long.npy", "short.npy", "crops.npy", "manifest.json")
@@ -93,18 +94,24 @@ def test_a_job_stores_the_teachers_features(table, tmp_path):
         assert torch.allclose(stored.norm(dim=1), torch.ones(4), atol=1e-3)
 
 
-def test_a_finished_cache_is_opened_or_refused(finished, data, tmp_path):
+def test_a_finished_cache_is_opened_or_built_again(finished, data, tmp_path):
     teacher, (table, dataset) = StubTeacher(), data
     assert build(finished, data, teacher).manifest["rows"] == 23 and teacher.calls == 0
+    longer = table.assign(long=table.long + " More.")
     for asked, teacher_hash, problem in [
-        ((table[::-1], dataset), "t", "data"),
-        ((table.assign(long=table.long + " More."), dataset), "t", "data"),
-        ((table, PairDataset(table, 16, crops=1 - dataset.crops)), "t", "crops"),
-        ((table[:9], PairDataset(table[:9], 16)), "t", "rows .cached 23, asked 9"),
+        ((table[::-1], dataset), "t", "data "),
+        ((longer, dataset), "t", "data "),
+        ((table, PairDataset(table, 16, crops=1 - dataset.crops)), "t", "crops "),
+        ((table[:9], PairDataset(table[:9], 16)), "t", "data .*; rows .cached 23, asked 9"),
         (data, "u", r"teacher \(cached 't', asked 'u'\)"),
     ]:
-        with pytest.raises(ValueError, match=f"another {problem}.*: delete the folder"):
-            build(finished, asked, teacher_hash=teacher_hash)
+        folder, lines = shutil.copytree(finished, tmp_path / "cache", dirs_exist_ok=True), []
+        cache = build(folder, asked, teacher_hash=teacher_hash, report=lines.append)
+        assert re.search(f"of other inputs: {problem}.*building it again", lines[0]), lines
+        assert cache.manifest["rows"] == len(asked[0]) and cache.manifest["teacher"] == teacher_hash
+        cache.verify()
+    with pytest.raises(Stale, match="of other inputs: teacher"):
+        FeatureCache.open(finished, teacher="u")
     with pytest.raises(FileNotFoundError, match="no finished feature cache: run notebook 01"):
         FeatureCache.open(tmp_path)
 
