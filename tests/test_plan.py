@@ -96,7 +96,13 @@ REFUSED = {
     "sise: 32": "parameter 'sise' is unknown: did you mean 'size'",
     "size: 1e5": "size: '1e5' is not of the type of its default, 64",
     "size: yes": "size: True is not",
-    "rate: fast": "rate: 'fast' is not",
+    "rate: fast": "wrong.yaml: rate: 'fast' is not",
+    "rate: 1.2.3": "rate: '1.2.3' is not of the type",
+    "rate: yes": "rate: True is not",
+    "7: 1": "parameter 7 is unknown",
+    "variants: [{7: 1}]": "parameter 7 is unknown",
+    "variants: [{method: []}]": "{'method': \\[\\]} has an empty list",
+    "variants: []": "write variants as a list",
     "weights: [1.0, x]": "weights: 'x' is not",
     "variants: [{pairs: long+both}]": "pairs: choice 'long\\+both'",
     "variants: [{method: crd+df}]": "method: choice 'df' is unknown: did you mean 'fd'",
@@ -114,6 +120,44 @@ def test_refused_before_any_work(root, line):
     for profile, error in {"wrong": REFUSED[line], "tiny.yaml": "did you mean 'tiny'"}.items():
         with pytest.raises(ValueError, match=error):
             workflow.plan(profile, root)
+
+
+@pytest.mark.parametrize("text", ["", "# later", "- 1", "a: b: c"])
+def test_a_profile_without_keys_is_refused(root, text):
+    (root / "notebooks/profiles/tiny.yaml").write_text(text)
+    with pytest.raises(ValueError, match="^tiny.yaml: "):
+        workflow.plan("tiny", root)
+
+
+def test_plausible_edits_of_a_notebook(root, monkeypatch):
+    text = "# How fast\n\nrate = (\n    0.1\n)\nkind = 'a'  # one of: a, b"
+    monkeypatch.setitem(PARAMETERS, "01_teacher_features", text)
+    code = "%matplotlib inline\nif rate:\n    !ls\nprint(7\n % 4)"
+    write_notebook(root, "01_teacher_features", code)
+    profile = root / "notebooks/profiles/tiny.yaml"
+    profile.write_text(PROFILE.replace("1e-5", "1E-3") + "kind: b")
+    parameters = workflow.plan("tiny", root)["01_teacher_features"].parameters
+    assert parameters == {"profile": "tiny", "rate": 1e-3, "kind": "b"}
+    profile.write_text(PROFILE + "kind: c")
+    with pytest.raises(ValueError, match="kind: choice 'c' is unknown"):
+        workflow.plan("tiny", root)
+
+
+@pytest.mark.parametrize(
+    "old, new, error",
+    [
+        ('["parameters"]', "[]", "no cell is tagged `parameters`"),
+        ("size = 64", "size: int = 64", "'size: int = 64 .* is not `name = constant`"),
+        ("size = 64", "size = 8 * 8", "'size = 8 \\* 8 .* is not `name = constant`"),
+        ("print(", "print((", "never closed"),
+        ("{", "", "Extra data"),
+    ],
+)
+def test_errors_name_the_notebook(root, old, new, error):
+    text = (root / "notebooks/00_data.ipynb").read_text().replace(old, new, 1)
+    (root / "notebooks/08_x.ipynb").write_text(text)
+    with pytest.raises(ValueError, match="^08_x.ipynb: .*" + error):
+        workflow.plan("tiny", root)
 
 
 def test_the_profiles_of_this_repository_are_valid(monkeypatch):
@@ -184,7 +228,7 @@ def test_killed_and_started_again(root):
     checkpoint.write_text("half trained")
 
     started = snakemake(root), snakemake(root, config=["finished_only=1"])
-    errors = "error: profile tiny runs already", "error: tiny: no student is trained"
+    errors = "error: a profile runs already", "error: tiny: no student is trained"
     for process, error in zip(started, errors, strict=True):
         code, steps, output = finish(process)
         assert code == 1 and not steps and output.count(error) == 1

@@ -14,40 +14,45 @@ import itertools
 import json
 import re
 import sys
+from collections import namedtuple
+from contextlib import suppress
 from modulefinder import ModuleFinder
 from pathlib import Path
-from typing import NamedTuple
 
 import yaml
 
 from jettclip.utils import nearest
 
-
-class Step(NamedTuple):
-    """One execution of a notebook. It runs again when its parameters or its code change."""
-
-    notebook: str
-    parameters: dict
-    code_hash: str
+# One execution of a notebook. It runs again when its parameters or its code change.
+Step = namedtuple("Step", "notebook parameters code_hash")
 
 
-def code_cells(notebook):
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    return [cell for cell in cells if cell["cell_type"] == "code"]
+def code_cells(notebook, tag=""):
+    """Sources of a notebook's code cells (of this tag); lines like `%time` or `!ls` do nothing."""
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code" and tag in [*cell["metadata"].get("tags", []), ""]:
+            yield re.sub(r"(?m)^([ \t]*)(%%?\w|!).*", r"\1pass", "".join(cell["source"]))
 
 
 def declared(notebook):
     """{parameter: (default, line)}; papermill.inspect_notebook skips lines with a second `=`."""
-    tagged = [c for c in code_cells(notebook) if "parameters" in c["metadata"].get("tags", [])]
-    source = "".join(tagged[0]["source"])
-    lines = zip(ast.parse(source).body, source.splitlines(), strict=True)
-    return {node.targets[0].id: (ast.literal_eval(node.value), line) for node, line in lines}
+    if not (tagged := [*code_cells(notebook, "parameters")]):
+        raise ValueError("no cell is tagged `parameters`. Not a step? Name it without the 0.")
+    parameters, lines = {}, tagged[0].split("\n")
+    for node in ast.parse(tagged[0]).body:
+        line = lines[node.end_lineno - 1]
+        try:
+            parameters[node.targets[0].id] = ast.literal_eval(node.value), line
+        except (AttributeError, ValueError):
+            raise ValueError(f"among the parameters, {line!r} is not `name = constant`.") from None
+    return parameters
 
 
 def check(key, value, default, line=""):
     """`value` in the type of `default` and among the choices of its line; else a ValueError."""
-    if isinstance(default, float) and re.fullmatch(r"-?[\d.]+(e[-+]?\d+)?", str(value)):
-        value = float(value)  # to YAML, 1e5 without a point is a string
+    if isinstance(default, float) and type(value) in (int, str):
+        with suppress(ValueError):
+            value = float(value)  # to YAML, 1e5 without a point is a string
     if type(value) is not type(default):
         raise ValueError(f"{key}: {value!r} is not of the type of its default, {default!r}.")
     if isinstance(value, list) and default:
@@ -61,19 +66,19 @@ def check(key, value, default, line=""):
 
 def expand_variants(variants):
     """{run folder: {parameter: value}} of a profile's list of variants."""
-    if not isinstance(variants, list) or not all(isinstance(entry, dict) for entry in variants):
+    if not isinstance(variants, list) or {*map(type, variants)} != {dict}:
         raise ValueError("write variants as a list such as `- {method: fd, seed: [0, 1]}`.")
     runs = {}
     for entry in variants:
-        lists = [value if isinstance(value, list) else [value] for value in entry.values()]
-        for values in itertools.product(*lists):
+        if [] in entry.values():
+            raise ValueError(f"variants: {entry} has an empty list, so it trains nothing.")
+        choices = [value if isinstance(value, list) else [value] for value in entry.values()]
+        for values in itertools.product(*choices):
             run = dict(zip(entry, values, strict=True))
             if run.get("method") == "none":
                 run.pop("pairs", None)  # nothing is distilled, so there are no pairs to distil from
-            words = {
-                key: "_".join(map(str, value)) if isinstance(value, list) else str(value)
-                for key, value in run.items()
-            }
+            lists = {str(k): v if isinstance(v, list) else [v] for k, v in run.items()}
+            words = {key: "_".join(map(str, items)) for key, items in lists.items()}
             name = [words.pop(key) for key in ("method", "pairs") if key in words]
             seed = ["s" + words.pop("seed")] if "seed" in words else []
             name = "-".join([*name, *(key + word for key, word in words.items()), *seed])
@@ -90,7 +95,7 @@ class WithoutDocstrings(ast.NodeTransformer):
 
 def code_hash(notebook, root):
     """Hash of a notebook's code and of what it imports from jettclip/ and notebooks/."""
-    source = "\n".join("".join(cell["source"]) for cell in code_cells(notebook))
+    source = "\n".join(code_cells(notebook))
     finder = ModuleFinder([str(root), str(root / "notebooks")])
     finder.load_module("__main__", io.StringIO(source), "", ("", "r", 1))
     finder.import_hook("jettclip.models")  # jettclip.create_model imports it when it is called
@@ -106,22 +111,27 @@ def plan(profile, root="."):
     paths = {path.stem: path for path in sorted(root.glob("notebooks/profiles/*.yaml"))}
     if profile not in paths:
         raise ValueError(nearest(profile, paths, "profile"))
-    notebooks = {path.stem: path for path in sorted(root.glob("notebooks/0*.ipynb"))}
-    defaults = {name: declared(path) for name, path in notebooks.items()}
-    values = yaml.safe_load(paths[profile].read_text(encoding="utf-8"))
-    runs, steps = expand_variants(values.pop("variants", None)), {}
-    given = {"profile": profile, "variant": None, "variants": list(runs)}  # not by the profile
-    for keys, names in [(values, notebooks), *((run, ["02_train"]) for run in runs.values())]:
-        known = sorted(set().union(*(defaults[name] for name in names)) - given.keys())
-        for key in keys.keys() - {*known}:
-            raise ValueError(nearest(key, known, "parameter"))
-    for notebook, path in notebooks.items():
-        code = code_hash(path, root)
-        for variant in runs if notebook == "02_train" else [notebook]:
-            chosen = values | runs.get(variant, {}) | given | {"variant": variant}
-            keys = chosen.keys() & defaults[notebook]
-            parameters = {key: check(key, chosen[key], *defaults[notebook][key]) for key in keys}
-            steps[variant] = Step(notebook, parameters, code)
+    defaults, codes = {}, {}
+    try:
+        for path in sorted(root.glob("notebooks/0*.ipynb")):
+            defaults[path.stem], codes[path.stem] = declared(path), code_hash(path, root)
+        values = yaml.safe_load((path := paths[profile]).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("a profile consists of lines such as `steps: 100`.")
+        runs, steps = expand_variants(values.pop("variants", None)), {}
+        given = {"profile": profile, "variant": None, "variants": list(runs)}  # not by the profile
+        for keys, names in [(values, defaults), *((run, ["02_train"]) for run in runs.values())]:
+            known = sorted(set().union(*(defaults[name] for name in names)) - given.keys())
+            for key in keys.keys() - {*known}:
+                raise ValueError(nearest(key, known, "parameter"))
+        for notebook, declarations in defaults.items():
+            for variant in runs if notebook == "02_train" else [notebook]:
+                chosen = values | runs.get(variant, {}) | given | {"variant": variant}
+                keys = chosen.keys() & declarations
+                parameters = {key: check(key, chosen[key], *declarations[key]) for key in keys}
+                steps[variant] = Step(notebook, parameters, codes[notebook])
+    except (ValueError, SyntaxError, yaml.YAMLError) as error:
+        raise ValueError(f"{path.name}: {error}") from error
     return steps
 
 
