@@ -9,8 +9,9 @@ PYTHON     ?= $(shell command -v python3.11 || command -v python3)
 BIN         = .venv/bin
 PIP         = $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-# Threads that wait give their core away: with other load on the machine, spinning ones cost far more.
-report sweep lab: export OMP_WAIT_POLICY ?= passive
+# Threads that wait soon give their core away. It costs nothing on a quiet machine (a training step takes 0.77 s) and
+# saves 40 % beside one busy process (1.46 s, not 2.48 s). OMP_WAIT_POLICY=passive would cost 20 % on the quiet one.
+report sweep lab: export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: help setup test test-cluster check report sweep unlock lab bench clean
 
