@@ -14,6 +14,7 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from .utils import write_then_rename
 
 INDEX = ".jettclip/index.npz"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-CHUNK = 32  # photos decoded, then embedded
+CHUNK = 32  # photos decoded while as many are embedded
 SAVE_EVERY = 256  # photos, or a tenth of the index if that is more: writing stays cheap
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Photos found</title><style>
 body { font: 1em sans-serif } figure { display: inline-block; width: 14em; vertical-align: top }
@@ -61,21 +62,24 @@ class PhotoIndex:
         self.rows = {path: row for path, row in self.rows.items() if photos.get(path) == row[0]}
         todo = [path for path in photos if path not in self.rows]
         added, removed, due = [], len(known) - len(self.rows), SAVE_EVERY
-        try:
-            for i in range(0, len(todo), CHUNK):
-                chunk = todo[i : i + CHUNK]
-                with ThreadPoolExecutor(os.cpu_count()) as pool:
-                    pixels = dict(zip(chunk, pool.map(self.pixels, chunk), strict=True))
-                if good := [path for path in chunk if pixels[path] is not None]:
-                    features = self.model.encode_image(np.stack([pixels[path] for path in good]))
-                    self.rows |= {p: (photos[p], f) for p, f in zip(good, features, strict=True)}
-                added += good
-                if len(added) >= due:
+        chunks = [todo[i : i + CHUNK] for i in range(0, len(todo), CHUNK)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            ahead = pool.map(self.pixels, todo[:CHUNK])
+            try:
+                for chunk, following in zip_longest(chunks, chunks[1:], fillvalue=()):
+                    pixels = dict(zip(chunk, ahead, strict=True))
+                    ahead = pool.map(self.pixels, following)  # while this chunk is embedded
+                    if good := [path for path in chunk if pixels[path] is not None]:
+                        batch = np.stack([pixels[path] for path in good])
+                        rows = zip(good, self.model.encode_image(batch), strict=True)
+                        self.rows |= {path: (photos[path], feature) for path, feature in rows}
+                    added += good
+                    if len(added) >= due:
+                        self.save()
+                        due = len(added) + max(SAVE_EVERY, len(self.rows) // 10)
+            finally:  # interrupted, too: the next update resumes from here
+                if added or removed:
                     self.save()
-                    due = len(added) + max(SAVE_EVERY, len(self.rows) // 10)
-        finally:  # interrupted, too: the next update resumes from here
-            if added or removed:
-                self.save()
         changed, unreadable = len(known.intersection(added)), len(todo) - len(added)
         counts = {"new": len(added) - changed, "changed": changed, "gone": len(known - set(photos))}
         return counts | {"unreadable": unreadable, "seconds": time.perf_counter() - start}
