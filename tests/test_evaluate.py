@@ -3,14 +3,17 @@
 import io
 import json
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import clip_benchmark.datasets
+import nbformat
 import numpy as np
 import open_clip
 import pandas as pd
 import pytest
+import scipy
 import torch
 from clip_benchmark.metrics.zeroshot_retrieval import recall_at_k
 from conftest import randomise, tiny_model
@@ -23,8 +26,11 @@ import jettclip
 from jettclip import evaluate
 from jettclip.data import PairDataset
 from jettclip.datasets.scenes import make_details
+from jettclip.utils import save_csv
 
 nan = float("nan")
+NOTEBOOK_04 = Path(__file__).resolve().parent.parent / "notebooks/04_retrieval.ipynb"
+TASKS = ("long", "short")
 
 
 def ranks_of(similarity, image_of_text=None, chunk=4096):
@@ -105,7 +111,7 @@ def test_retrieval_by_hand():
     metrics = "t2i_r1 t2i_r5 t2i_r10 t2i_median i2t_r1 i2t_r5 i2t_r10 i2t_median"
     assert " ".join(table.index) == metrics and (table.n == 12).all()
     assert table.value.tolist() == pytest.approx([9 / 12, 1, 1, 1, 9 / 12, 1, 1, 1])
-    assert table.high["t2i_r5"] == table.low["t2i_r5"] == 1
+    assert table.high["t2i_r5"] == 1 and table.low["t2i_r5"] == pytest.approx(0.757506)  # Wilson
 
     # Five equal texts of an image are one query, not five.
     target = torch.arange(12).repeat_interleave(5)
@@ -113,7 +119,8 @@ def test_retrieval_by_hand():
     five = evaluate.retrieval(torch.eye(12), texts, target).set_index("metric")
     assert five.n.tolist() == [60] * 4 + [12] * 4
     assert five.value["i2t_r5"] == pytest.approx(9 / 12)  # five wrong texts come first
-    assert five.loc["t2i_r1", ["low", "high"]].equals(table.loc["t2i_r1", ["low", "high"]])
+    assert five.loc["t2i_r1", ["low", "high"]].tolist() == [0.5, 1]  # k of 12 hits: a bootstrap
+    assert five.low["t2i_r5"] == table.low["t2i_r5"] and five.high["t2i_r5"] == 1
 
     # Three more images, without a text.
     more = evaluate.retrieval(torch.eye(15), pad(similarity, (0, 3)), torch.arange(12))
@@ -138,8 +145,6 @@ def test_intervals_are_those_of_a_plain_bootstrap_of_groups():
     # The captions of an image are alike: without groups the interval is too narrow.
     wide, narrow = (evaluate.interval(hits, groups=g) for g in (groups, None))
     assert wide["high"] - wide["low"] > 1.2 * (narrow["high"] - narrow["low"])
-    half = 1.96 * hits.std() / 300**0.5
-    assert narrow["high"] - narrow["low"] == pytest.approx(2 * half, rel=0.15)
     assert evaluate.interval([0.5, 0.5]) == {"value": 0.5, "low": 0.5, "high": 0.5, "n": 2}
     assert evaluate.median_interval([4, 1, 3, 2])["value"] == 2  # the lower one
 
@@ -154,6 +159,46 @@ def test_a_seed_draws_the_same_resamples_for_ever():
     assert found == pytest.approx(expected, abs=1e-7)
 
 
+@pytest.mark.parametrize("hits, n, low, high", [(0, 10, 0, 0.277533), (9, 10, 0.59585, 0.982124)])
+def test_wilson_by_hand(hits, n, low, high):  # the formula of 1927 with z = 1.959964
+    for groups in (None, np.arange(n)[::-1]):  # groups of one value are none
+        found = evaluate.interval(np.arange(n) < hits, groups=groups)
+        assert found == pytest.approx({"value": hits / n, "low": low, "high": high, "n": n}, 1e-5)
+
+
+@pytest.mark.parametrize("n", [10, 20, 100])
+def test_wilson_holds_the_truth_at_every_size(n):
+    """19 of 20 intervals should; the percentile bootstrap's hold 40, 64 and 88 of 100."""
+    share = scipy.stats.binom.pmf(np.arange(n + 1), n, 0.95)  # of experiments with so many hits
+    ends = [evaluate.interval(np.arange(n) < hits) for hits in range(n + 1)]
+    assert share @ [x["low"] <= 0.95 <= x["high"] for x in ends] == pytest.approx(0.95, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    "better, worse, p",  # twice the smaller tail of fair coins
+    [(5, 0, 0.0625), (8, 0, 2 / 256), (0, 8, 2 / 256), (3, 1, 0.625), (7, 1, 18 / 256), (4, 4, 1)],
+)
+def test_hits_are_compared_by_the_exact_mcnemar_test(better, worse, p):
+    both = np.arange(150) >= 100
+    hits, base = both | (np.arange(150) < better), both.copy()
+    base[better : better + worse] = True
+    found = evaluate.difference_interval(hits, base)
+    assert found["p"] == pytest.approx(p) and found["value"] == (better - worse) / 150
+    assert (found["low"] > 0 or found["high"] < 0) == (p < 0.05)  # interval and test agree
+    assert evaluate.difference_interval(hits * 1.0, base)["p"] == found["p"]
+    # Quarters are no hits: a bootstrap, whose p is no less than signs can give.
+    quarters = evaluate.difference_interval(hits / 4, base / 4)["p"]
+    assert min(1, 2.0 ** (1 - better - worse)) <= quarters
+
+
+def test_the_interval_of_a_difference_of_hits_by_hand():
+    found = evaluate.difference_interval([1] * 5 + [0] * 93, [0] * 98)
+    half = 1.96 * (0.07 / 100 - 0.05**2 / 100) ** 0.5  # of 6 better and 1 worse in 100
+    assert [found["low"], found["high"]] == pytest.approx([0.05 - half, 0.05 + half])
+    same = evaluate.difference_interval([1] * 998, [1] * 998)  # no change seen is not no change
+    assert same["p"] == 1 and same["high"] == -same["low"] == pytest.approx(1.96 * 2**0.5 / 1000)
+
+
 def test_difference_is_paired_and_two_sided():
     values = np.random.default_rng(0).normal(size=50)
     shifted = evaluate.difference_interval(values + 0.25, values)
@@ -163,11 +208,78 @@ def test_difference_is_paired_and_two_sided():
     assert evaluate.difference_interval(values, values + 0.25)["p"] == shifted["p"]
 
 
-def test_p_is_uniform_without_a_difference():
-    pairs = np.random.default_rng(0).integers(0, 2, (400, 2, 400))
+@pytest.mark.parametrize("scale", [1, 0.5])  # hits, halves
+def test_p_is_uniform_without_a_difference(scale):
+    pairs = scale * np.random.default_rng(0).integers(0, 2, (400, 2, 400))
     p = [evaluate.difference_interval(*pair, resamples=500)["p"] for pair in pairs]
-    assert np.mean(np.array(p) < 0.05) == pytest.approx(0.05, abs=0.03)
-    assert 0.45 < np.mean(p) < 0.6  # above a half: resamples of exactly zero count twice
+    assert np.mean(np.array(p) < 0.05) == pytest.approx(0.04, abs=0.03)
+    assert 0.45 < np.mean(p) < 0.6  # above a half: no difference counts on both sides
+
+
+def test_a_family_holds_each_pair_of_students_once(tmp_path):
+    """The cell of notebook 04 that compares."""
+    cells = nbformat.read(NOTEBOOK_04, nbformat.NO_CONVERT).cells
+    cell = compile(next(c.source for c in cells if "differences.csv" in c.source), "04", "exec")
+    names, hits = ["none-s0", "fd-s0", "crd-s0", "fd-s1"], np.random.default_rng(0)
+    ranks = {key: hits.integers(0, 20, 40) for key in product(names, TASKS, ("t2i", "i2t"))}
+    space = {"variants": names, "against": ["none", "fd", "none"], "folder": tmp_path, "pd": pd}
+    space |= {"configs": {name: {"seed": int(name[-1])} for name in names}, "models": names}
+    space |= {"ranks": ranks, "evaluate": evaluate, "display": id, "save_csv": save_csv}
+    exec(cell, space)
+    table = pd.read_csv(tmp_path / "differences.csv").query("task == 'long' and metric == 't2i_r1'")
+    expected = ["fd-s0 none-s0", "crd-s0 none-s0", "crd-s0 fd-s0"]
+    assert (table.model + " " + table.against).tolist() == expected
+    assert set(table.family) == {"3 comparisons, long t2i_r1"}
+    assert table.p_holm.tolist() == pytest.approx(evaluate.holm(table.p), abs=1e-5)
+    exec(cell, space | {"variants": ["fd-s1"]})  # nothing to compare: a table of no rows
+    assert len(pd.read_csv(tmp_path / "differences.csv")) == 0
+
+
+def test_no_texts_no_images_one_row(table):
+    """A result of the right shape."""
+    model, words = randomise(tiny_model()), jettclip.get_tokenizer("JettCLIP-T")
+    none, one = (PairDataset(table[:n], 32) for n in (0, 1))
+    for n, dataset in ((0, none), (1, one)):
+        found = [*evaluate.embed(model, dataset), evaluate.embed_images(model, table.image[:n])]
+        found.append(evaluate.embed_texts(model, words, table.long[:n]))
+        assert [tuple(features.shape) for features in found] == [(n, 16)] * 5
+        rows = evaluate.retrieval(*found[:2], resamples=10)  # recall at 10 of one image
+        assert len(rows) == 8 and (rows.n == n).all() and (rows.value == 1).all() == n
+        assert evaluate.detail_choices(model, dataset, dataset).tolist() == [0.5] * n
+        rank = evaluate.zero_shot(model, words, table.image[:n], [0] * n, ["cat"], ["a {}"])
+        assert rank.tolist() == [0] * n and rank.dtype == np.int64
+    assert np.isnan(list(evaluate.recall(model, none).values())).all()
+    assert evaluate.embed_texts(model, words, "a dog").shape == (1, 16)  # not a letter a row
+    t2i, i2t = evaluate.ranks(torch.eye(3), torch.empty(0, 3), [])
+    assert len(t2i) == 0 and i2t.tolist() == [0, 0, 0]
+    for function in (evaluate.interval, evaluate.median_interval):
+        assert function([])["n"] == 0 and np.isnan([*function([]).values()][:3]).all()
+        assert function([0.3])["value"] == 0.3 and np.isnan(function([0.3])["low"])
+        assert np.isnan(function([0.3, 0.4], groups=[7, 7])["high"])
+    for pair in (([], []), ([0.3], [0.2]), ([1], [0])):
+        assert evaluate.difference_interval(*pair)["p"] == 1
+    assert evaluate.clear_best({}) is None and evaluate.clear_best({"a": [], "b": []}) is None
+    empty = pd.DataFrame({"position": [], "attribute": []})
+    assert len(evaluate.by_attribute(np.empty(0), empty)) == 0
+    assert len(evaluate.by_position(np.empty(0), [])) == 0
+
+
+@pytest.mark.parametrize(
+    "call, sentence",
+    [
+        (lambda: evaluate.ranks(torch.eye(2), torch.eye(2), [0]), "1 rows for 2 texts and 2 im"),
+        (lambda: evaluate.ranks(torch.eye(2), torch.eye(2), [0, -1]), "row of each text's image"),
+        (lambda: evaluate.ranks(torch.eye(3)[:2], torch.eye(3)), "for 3 texts and 2 images"),
+        (lambda: evaluate.interval([1, 0], groups=[1]), "1 groups for 2 values: give each value"),
+        (lambda: evaluate.median_interval([1, 2], groups=[1, 2, 3]), "3 groups for 2 values"),
+        (lambda: evaluate.difference_interval([1, 0], [1]), "must have the same shape"),
+        (lambda: evaluate.zero_shot(*[None] * 2, [b""], [0], [], ["{}"]), "1 images need classes"),
+        (lambda: evaluate.zero_shot(*[None] * 2, [b""], [0, 1], ["a"], ["{}"]), "and 2 labels"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_a_sentence(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()
 
 
 def test_holm_by_hand():
@@ -292,7 +404,7 @@ def test_by_position():
 
 
 def test_by_attribute():
-    details = pd.DataFrame({"position": [5, 77, 90], "attribute": ["size", "colour", "size"]})
+    details = pd.DataFrame({"position": [75, 76, 90], "attribute": ["size", "colour", "size"]})
     details = details.loc[np.repeat([0, 1, 2], [10, 10, 5])]
     table = evaluate.by_attribute(np.repeat([1.0, 0.5, 0.0], [10, 10, 5]), details)
     rows = table.part + " " + table.attribute
