@@ -27,9 +27,9 @@ encoder = cache(lambda: tokenizer().encode)  # reads its vocabulary once
 
 
 def first_difference(text, changed):
-    """Position of the first token in which two texts differ; the start token is 0."""
+    """Position of the first token in which two texts differ, if any; the start token is 0."""
     tokens = zip_longest(encoder()(text), encoder()(changed))
-    return next(i for i, (a, b) in enumerate(tokens, start=1) if a != b)
+    return next((i for i, (a, b) in enumerate(tokens, start=1) if a != b), None)
 
 
 def swap_attribute(caption, rng):
@@ -65,7 +65,7 @@ def linear_cka(x, y, keep=None):
 
     1: y is a rotation of x (Kornblith et al., 2019). 0: on average for unrelated features, as
     HSIC's estimator is the unbiased one (Song et al., 2012). keep (B, N) of 0 and 1: the rows, at
-    least 4, that each of the B values is for (default: one value for all rows).
+    least 4, that each of the B values is for (default: one value for all rows); of fewer: NaN.
     """
     keep = torch.ones(1, len(x), dtype=torch.double) if keep is None else keep.double()
     x, y = (f.double() - f.double().mean(dim=0) for f in (x, y))
@@ -85,7 +85,8 @@ def cka_interval(x, y, blocks=20):
 
     A bootstrap would draw rows twice, and equal rows bias CKA.
     """
-    left_out = 1 - torch.nn.functional.one_hot(torch.arange(len(x)) % blocks).T  # (blocks, N)
+    blocks = max(1, min(blocks, len(x)))
+    left_out = torch.arange(len(x)) % blocks != torch.arange(blocks)[:, None]  # (blocks, N)
     value, *others = linear_cka(x, y, torch.cat([torch.ones(1, len(x)), left_out])).tolist()
     half = 1.96 * np.sqrt((blocks - 1) * np.var(others))
     return {"value": value, "low": value - half, "high": value + half, "n": len(x)}
@@ -96,6 +97,8 @@ def neighbour_overlap(x, y, k=10, chunk=4096):
 
     x and y are normalised features of the same rows. Unrelated ones share k / (N - 1).
     """
+    if not 0 < k < len(x):
+        raise ValueError(f"{len(x)} rows have {max(0, len(x) - 1)} neighbours each: k is {k}")
     shares = []
     for rows in torch.arange(len(x)).split(chunk):
         nearest = []

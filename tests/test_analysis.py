@@ -48,6 +48,7 @@ def test_every_swap_makes_the_caption_wrong():
         assert analysis.swap_attribute(caption, np.random.default_rng(0)) is None
     assert all(others and word not in others for word, (_, others) in analysis.SWAPS.items())
     assert analysis.first_difference("a bus", "a bus stop") == 3
+    assert analysis.first_difference("A bus", "a  bus") is None
     assert "gray" not in analysis.SWAPS["grey"][1] and "big" not in analysis.SWAPS["large"][1]
 
 
@@ -87,6 +88,26 @@ def test_cka_is_a_mean_over_all_quadruples():
     k, m = x @ x.T, y @ y.T
     expected = hsic(k, m) / (hsic(k, k) * hsic(m, m)).sqrt()
     assert analysis.linear_cka(x, y).item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("n", range(7))
+def test_cka_of_few_rows(n):
+    x, y = features(n, 3), features(n, 3, 1)
+    found = analysis.cka_interval(x, y)
+    assert found["n"] == n and np.isnan(found["value"]) == (n < 4)
+    assert np.isnan(found["low"]) == np.isnan(found["high"]) == (n < 5)
+    if n == 6:  # the jackknife leaves out a row at a time: as many blocks as rows, not 20
+        others = analysis.linear_cka(x, y, 1 - torch.eye(6)).numpy()
+        half = 1.96 * (5 / 6 * np.sum((others - others.mean()) ** 2)) ** 0.5
+        assert found["high"] - found["value"] == pytest.approx(half)
+
+
+@pytest.mark.parametrize("n, k", [(0, 10), (1, 1), (4, 4), (4, 0)])  # no row is its own neighbour
+def test_more_neighbours_than_rows_are_refused(n, k):
+    with pytest.raises(
+        ValueError, match=f"{n} rows have {max(0, n - 1)} neighbours each: k is {k}"
+    ):
+        analysis.neighbour_overlap(features(n, 3), features(n, 3), k)
 
 
 def test_neighbour_overlap():

@@ -1,8 +1,7 @@
-"""Ranks and intervals: matrices worked out by hand, a plain double loop, clip_benchmark."""
+"""Ranks, zero-shot and details: cases worked out by hand, a plain double loop, clip_benchmark."""
 
 import io
 import json
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,7 +104,7 @@ def test_retrieval_by_hand():
     metrics = "t2i_r1 t2i_r5 t2i_r10 t2i_median i2t_r1 i2t_r5 i2t_r10 i2t_median"
     assert " ".join(table.index) == metrics and (table.n == 12).all()
     assert table.value.tolist() == pytest.approx([9 / 12, 1, 1, 1, 9 / 12, 1, 1, 1])
-    assert table.high["t2i_r5"] == table.low["t2i_r5"] == 1
+    assert table.high["t2i_r5"] == 1 and table.low["t2i_r5"] == pytest.approx(0.757506)  # Wilson
 
     # Five equal texts of an image are one query, not five.
     target = torch.arange(12).repeat_interleave(5)
@@ -113,86 +112,59 @@ def test_retrieval_by_hand():
     five = evaluate.retrieval(torch.eye(12), texts, target).set_index("metric")
     assert five.n.tolist() == [60] * 4 + [12] * 4
     assert five.value["i2t_r5"] == pytest.approx(9 / 12)  # five wrong texts come first
-    assert five.loc["t2i_r1", ["low", "high"]].equals(table.loc["t2i_r1", ["low", "high"]])
+    assert five.loc["t2i_r1", ["low", "high"]].tolist() == [0.5, 1]  # k of 12 hits: a bootstrap
+    assert five.low["t2i_r5"] == table.low["t2i_r5"] and five.high["t2i_r5"] == 1
 
     # Three more images, without a text.
     more = evaluate.retrieval(torch.eye(15), pad(similarity, (0, 3)), torch.arange(12))
     assert more.n.tolist() == [12] * 8 and more.value.tolist() == pytest.approx([*table.value])
 
 
-def test_intervals_are_those_of_a_plain_bootstrap_of_groups():
-    rng = np.random.default_rng(0)
-    groups, level = rng.integers(0, 80, 300), rng.uniform(size=80)
-    hits, ranks = rng.uniform(size=300) < level[groups], rng.geometric(0.02 + 0.1 * level[groups])
-    members = [np.flatnonzero(groups == name) for name in np.unique(groups)]
-    draws = [rng.integers(0, len(members), len(members)) for _ in range(2000)]
-    draws = [np.concatenate([members[i] for i in drawn]) for drawn in draws]
-    for function, statistic, values, tolerance in (
-        (evaluate.interval, np.mean, hits, 0.015),
-        (evaluate.median_interval, partial(np.quantile, q=0.5, method="lower"), ranks, 2),
-    ):
-        ends = np.quantile([statistic(values[rows]) for rows in draws], [0.025, 0.975])
-        grouped = function(values.astype(float), groups=groups)
-        assert grouped["n"] == 300 and grouped["value"] == pytest.approx(statistic(values))
-        assert [grouped["low"], grouped["high"]] == pytest.approx(ends, abs=tolerance)
-    # The captions of an image are alike: without groups the interval is too narrow.
-    wide, narrow = (evaluate.interval(hits, groups=g) for g in (groups, None))
-    assert wide["high"] - wide["low"] > 1.2 * (narrow["high"] - narrow["low"])
-    half = 1.96 * hits.std() / 300**0.5
-    assert narrow["high"] - narrow["low"] == pytest.approx(2 * half, rel=0.15)
-    assert evaluate.interval([0.5, 0.5]) == {"value": 0.5, "low": 0.5, "high": 0.5, "n": 2}
-    assert evaluate.median_interval([4, 1, 3, 2])["value"] == 2  # the lower one
-
-
-def test_a_seed_draws_the_same_resamples_for_ever():
-    """So that new tables can be compared with those in results/."""
-    found, values = [], np.arange(60) ** 2 % 97
+def test_no_texts_no_images_one_row(table):
+    """A result of the right shape."""
+    model, words = randomise(tiny_model()), jettclip.get_tokenizer("JettCLIP-T")
+    none, one = (PairDataset(table[:n], 32) for n in (0, 1))
+    for n, dataset in ((0, none), (1, one)):
+        found = [*evaluate.embed(model, dataset), evaluate.embed_images(model, table.image[:n])]
+        found.append(evaluate.embed_texts(model, words, table.long[:n]))
+        assert [tuple(features.shape) for features in found] == [(n, 16)] * 5
+        rows = evaluate.retrieval(*found[:2], resamples=10)  # recall at 10 of one image
+        assert len(rows) == 8 and (rows.n == n).all() and (rows.value == 1).all() == n
+        assert evaluate.detail_choices(model, dataset, dataset).tolist() == [0.5] * n
+        rank = evaluate.zero_shot(model, words, table.image[:n], [0] * n, ["cat"], ["a {}"])
+        assert rank.tolist() == [0] * n and rank.dtype == np.int64
+    assert np.isnan(list(evaluate.recall(model, none).values())).all()
+    assert evaluate.embed_texts(model, words, "a dog").shape == (1, 16)  # not a letter a row
+    t2i, i2t = evaluate.ranks(torch.eye(3), torch.empty(0, 3), [])
+    assert len(t2i) == 0 and i2t.tolist() == [0, 0, 0]
     for function in (evaluate.interval, evaluate.median_interval):
-        for groups in (None, np.arange(60) // 3):
-            found += [function(values, groups=groups)[end] for end in ("low", "high")]
-    expected = [42.4658333, 57.1045833, 40.1, 58.4170833, 35, 65.025, 32, 66]
-    assert found == pytest.approx(expected, abs=1e-7)
+        assert function([])["n"] == 0 and np.isnan([*function([]).values()][:3]).all()
+        assert function([0.3])["value"] == 0.3 and np.isnan(function([0.3])["low"])
+        assert np.isnan(function([0.3, 0.4], groups=[7, 7])["high"])
+    for pair in (([], []), ([0.3], [0.2]), ([1], [0])):
+        assert evaluate.difference_interval(*pair)["p"] == 1
+    assert evaluate.clear_best({}) is None and evaluate.clear_best({"a": [], "b": []}) is None
+    empty = pd.DataFrame({"position": [], "attribute": []})
+    assert len(evaluate.by_attribute(np.empty(0), empty)) == 0
+    assert len(evaluate.by_position(np.empty(0), [])) == 0
 
 
-def test_difference_is_paired_and_two_sided():
-    values = np.random.default_rng(0).normal(size=50)
-    shifted = evaluate.difference_interval(values + 0.25, values)
-    assert [shifted[key] for key in ("value", "low", "high")] == pytest.approx([0.25] * 3)
-    assert shifted["n"] == 50 and shifted["p"] == 2 / 10001
-    assert evaluate.difference_interval(values, values)["p"] == 1
-    assert evaluate.difference_interval(values, values + 0.25)["p"] == shifted["p"]
-
-
-def test_p_is_uniform_without_a_difference():
-    pairs = np.random.default_rng(0).integers(0, 2, (400, 2, 400))
-    p = [evaluate.difference_interval(*pair, resamples=500)["p"] for pair in pairs]
-    assert np.mean(np.array(p) < 0.05) == pytest.approx(0.05, abs=0.03)
-    assert 0.45 < np.mean(p) < 0.6  # above a half: resamples of exactly zero count twice
-
-
-def test_holm_by_hand():
-    adjusted = [0.03, 0.06, 0.06, 0.02]  # x 3, x 1 but at least 0.06, x 2, x 4
-    assert evaluate.holm([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx(adjusted)
-    assert evaluate.holm([0.9, 0.4]).tolist() == pytest.approx([0.9, 0.8])
-    assert evaluate.holm([0.7, 0.6]).tolist() == [1, 1] and evaluate.holm([]).tolist() == []
-
-
-def test_clear_best():
-    rng = np.random.default_rng(0)
-    values = {name: rng.uniform(size=500) < p for name, p in (("a", 0.5), ("b", 0.8), ("c", 0.55))}
-    assert evaluate.clear_best(values) == "b" and evaluate.clear_best({"a": values["a"]}) is None
-    close = values["b"].copy()
-    close[np.flatnonzero(close)[:2]] = False  # two hits of 500 fewer
-    assert evaluate.clear_best({**values, "d": close}) is None
-
-
-def test_over_seeds_by_hand():
-    for n, t in ((2, 12.7062), (3, 4.30265), (12, 2.20099)):  # Student's t from a printed table
-        mean, half = (n - 1) / 2, t * np.arange(n).std(ddof=1) / n**0.5
-        expected = {"value": mean, "low": mean - half, "high": mean + half, "n": n}
-        assert evaluate.over_seeds(np.arange(n) * 1.0) == pytest.approx(expected, abs=1e-4)
-    with pytest.raises(ValueError, match="1 seeds have no interval: train with 2 seeds or more"):
-        evaluate.over_seeds([1.0])
+@pytest.mark.parametrize(
+    "call, sentence",
+    [
+        (lambda: evaluate.ranks(torch.eye(2), torch.eye(2), [0]), "1 rows for 2 texts and 2 im"),
+        (lambda: evaluate.ranks(torch.eye(2), torch.eye(2), [0, -1]), "row of each text's image"),
+        (lambda: evaluate.ranks(torch.eye(3)[:2], torch.eye(3)), "for 3 texts and 2 images"),
+        (lambda: evaluate.interval([1, 0], groups=[1]), "1 groups for 2 values: give each value"),
+        (lambda: evaluate.median_interval([1, 2], groups=[1, 2, 3]), "3 groups for 2 values"),
+        (lambda: evaluate.difference_interval([1, 0], [1]), "must have the same shape"),
+        (lambda: evaluate.zero_shot(*[None] * 2, [b""], [0], [], ["{}"]), "1 images need classes"),
+        (lambda: evaluate.zero_shot(*[None] * 2, [b""], [0, 1], ["a"], ["{}"]), "and 2 labels"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_a_sentence(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()
 
 
 def test_features_keep_the_order_of_rows(table, dataset):
@@ -292,7 +264,7 @@ def test_by_position():
 
 
 def test_by_attribute():
-    details = pd.DataFrame({"position": [5, 77, 90], "attribute": ["size", "colour", "size"]})
+    details = pd.DataFrame({"position": [75, 76, 90], "attribute": ["size", "colour", "size"]})
     details = details.loc[np.repeat([0, 1, 2], [10, 10, 5])]
     table = evaluate.by_attribute(np.repeat([1.0, 0.5, 0.0], [10, 10, 5]), details)
     rows = table.part + " " + table.attribute
