@@ -72,7 +72,7 @@ def load_details(source, root=None, n=1000, seed=0, image_size=64):
 
 def read_image(source):
     """A photo that `inputs.read_photo` reads -> uint8 tensor (3, H, W)."""
-    return transform.pil_to_tensor(read_photo(source)).contiguous()
+    return transform.pil_to_tensor(read_photo(source))
 
 
 def clean_pairs(table, context_length=248):
@@ -118,21 +118,12 @@ def fingerprint(table):
     return hashlib.sha256(b"".join(hashlib.sha256(field).digest() for field in data)).hexdigest()
 
 
-def _at_least_one(**sizes):
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} is {size}: use 1 or more")
-
-
 def draw_crops(n, k, seed, smallest=1.0, flip=False):
     """K crops for each of N images: (N, K, 4) float32 of side, y, x in [0, 1] and flip (0 or 1).
 
     side: share of height and width, for an area uniform in [smallest, 1]; y, x: where the crop lies
     between the edges. smallest=1 and flip=False is the whole image.
     """
-    _at_least_one(k=k)
-    if not 0 < smallest <= 1:
-        raise ValueError(f"smallest is {smallest}: use a share of the area, above 0 and up to 1")
     rng = np.random.default_rng(seed)
     side = np.sqrt(rng.uniform(smallest, 1.0, (n, k, 1)))
     place = rng.uniform(size=(n, k, 2))
@@ -274,7 +265,6 @@ def dataset_for(model, table, crops=None, draws=False):
 
 def epoch_batches(n, batch_size, seed, epoch, crops=1):
     """Batches of an epoch, (n // batch_size, batch_size, 2) of row and crop, from (seed, epoch)."""
-    _at_least_one(batch_size=batch_size, crops=crops)
     rng = np.random.default_rng([seed, epoch])
     pairs = np.stack([rng.permutation(n), rng.integers(0, crops, n)], axis=1)
     return pairs[: n // batch_size * batch_size].reshape(-1, batch_size, 2)
@@ -282,7 +272,6 @@ def epoch_batches(n, batch_size, seed, epoch, crops=1):
 
 def in_order(n, batch_size, k=0):
     """Batches (up to batch_size, 2) of (row, k) that go once through rows 0..n-1."""
-    _at_least_one(batch_size=batch_size)
     pairs = np.stack([np.arange(n), np.full(n, k)], axis=1)
     return [pairs[i : i + batch_size] for i in range(0, n, batch_size)]
 

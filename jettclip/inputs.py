@@ -4,7 +4,7 @@ import hashlib
 import html
 import io
 import os
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import numpy as np
@@ -32,44 +32,37 @@ def read_photo(source, at_least=None):
     at_least: decodes a JPEG at the smallest scale that keeps both sides at so many pixels, which
     is several times faster and reads larger files. Raises Unreadable.
     """
-    try:
-        if isinstance(source, Image.Image):
-            photo = _rgb(_checked(source))
-            photo = photo.copy() if photo is source else photo
-        else:
-            with _opened(source) as file:
-                photo = _rgb(_decoded(file, at_least))
-    except Exception as error:  # decoders raise anything
-        raise _unreadable(source, error) from None
+    with _opened(source) as file:
+        photo = _rgb(_checked(file) if file is source else _decoded(file, at_least))
+    photo = photo.copy() if photo is source else photo
     photo.info = {}  # else a second reading turns it again
     return photo
 
 
 def digest(source):
     """Hash of an image's encoded bytes, or of those of its file: 32 hexadecimal digits."""
-    try:
-        with _opened(source) as file:
-            return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
-    except Exception as error:
-        raise _unreadable(source, error) from None
+    with _opened(source) as file:
+        return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
 
 
+@contextmanager
 def _opened(source):
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return io.BytesIO(source)
-    if not isinstance(source, (str, os.PathLike)):
-        raise TypeError(f"{type(source).__name__} is no path, encoded bytes or PIL image")
-    if os.path.exists(source) and not os.path.isfile(source):  # a pipe would wait for ever
-        raise ValueError("not a regular file")
-    return open(source, "rb")
-
-
-def _unreadable(source, error):
-    reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
-    if isinstance(error, UnidentifiedImageError):
-        reason = "no image in a known format" if source else "no bytes"
+    """A file of the encoded image, or the PIL image. Whatever a decoder raises gets its name."""
     path = isinstance(source, (str, os.PathLike))
-    return Unreadable(f"{os.path.abspath(source)}: {reason}" if path else reason)
+    try:
+        if not path:
+            yield source if isinstance(source, Image.Image) else io.BytesIO(source)
+        elif os.path.exists(source) and not os.path.isfile(source):  # a pipe would wait for ever
+            raise ValueError("not a regular file")
+        else:
+            with open(source, "rb") as file:
+                yield file
+    except Exception as error:
+        problem = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        if isinstance(error, UnidentifiedImageError):
+            problem = "no image in a known format"
+        problem = problem or type(error).__name__
+        raise Unreadable(f"{os.path.abspath(source)}: {problem}" if path else problem) from None
 
 
 def _decoded(file, at_least):

@@ -100,9 +100,8 @@ def test_malformed_exif_beside_good_pixels_is_ignored(exif):
 
 
 NOTHING = {
-    "no path, encoded bytes or PIL image": [None, float("nan"), 3, ["a.jpg"]],
-    "no bytes": [b""],
-    "no image in a known format": [b"<html>404 not found</html>", b"\x89PNG\r\n\x1a\n"],
+    "a bytes-like object is required": [float("nan"), 3, ["a.jpg"]],
+    "no image in a known format": [None, b"", b"<html>404 not found</html>", b"\x89PNG\r\n\x1a\n"],
     "truncated": [
         encoded(Image.effect_noise((99, 99), 50), kind)[:-99] for kind in ("JPEG", "PNG")
     ],
