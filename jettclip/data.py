@@ -184,11 +184,9 @@ class PairDataset(Dataset):
         if self._tokens:
             return tuple(tokens[rows].long() for tokens in self._tokens[draw])
         captions = (self.table[name].take(rows.numpy()).to_pylist() for name in self.captions)
-        tokenize = tokenizer_of(self.context_length)
-        return tuple(
-            tokenize([text[draw] if isinstance(text, list) else text for text in texts])
-            for texts in captions
-        )
+        if self.captions == ["longs", "shorts"]:
+            captions = ([orders[draw] for orders in texts] for texts in captions)
+        return tuple(map(tokenizer_of(self.context_length), captions))
 
     long = property(lambda self: self.tokens(range(len(self)))[0])  # (N, L), in their first order
     short = property(lambda self: self.tokens(range(len(self)))[1])
@@ -231,9 +229,7 @@ class PairDataset(Dataset):
     def batch(self, rows_and_crops):
         """Images (B, 3, S, S) as uint8, a quarter of the bytes between processes, and tokens."""
         rows, ks = np.asarray(rows_and_crops).T
-        pixels = torch.stack(
-            [self.pixels(row, k) for row, k in np.asarray(rows_and_crops).tolist()]
-        )
+        pixels = torch.stack([self.pixels(*place) for place in zip(rows.tolist(), ks, strict=True)])
         long, short = torch.empty(2, len(rows), self.context_length, dtype=torch.long)
         draws = ks % self.draws
         for draw in np.unique(draws):

@@ -12,7 +12,6 @@ from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from training import FORK
 
 import jettclip
 from jettclip import data
@@ -244,27 +243,6 @@ def test_a_changed_image_is_noticed(table, tmp_path, monkeypatch):
     path.unlink()
     with pytest.raises(RuntimeError, match=rf"{changed} 00 again \({path}: No such file"):
         dataset[1, 0]
-
-
-def _read_beside_openvino(table):
-    import openvino
-
-    x = openvino.opset13.parameter([64, 64], np.float32)
-    model = openvino.Model([openvino.opset13.matmul(x, x, False, False)], [x])
-    options = {"INFERENCE_PRECISION_HINT": "bf16"}
-    openvino.compile_model(model, "CPU", options)(np.ones((64, 64), np.float32))
-    data.IN_MEMORY = 0
-    dataset = PairDataset(table, 16)
-    assert sum(len(rows) for rows, *_ in data.loader(dataset, data.in_order(24, 5))) == 24
-
-
-def test_workers_start_beside_openvino(table):
-    """Copies of a process in which its threads have run end in a segmentation fault."""
-    pytest.importorskip("openvino")
-    process = FORK.Process(target=_read_beside_openvino, args=(table,))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
 
 
 def test_no_worker_is_a_copy_of_this_process(table, monkeypatch):
