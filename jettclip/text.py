@@ -15,7 +15,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from torch import nn
 
-from .deploy import runtime
+from . import inputs
 
 CONTEXT = 248  # tokens that Long-CLIP reads, start and end token included
 
@@ -31,8 +31,8 @@ def byte_pairs():
     return bpe, known.pat.pattern
 
 
-class Tokenizer(runtime.Tokenizer):
-    """`runtime.Tokenizer` for PyTorch."""
+class Tokenizer(inputs.Tokenizer):
+    """`inputs.Tokenizer` for PyTorch."""
 
     def __call__(self, texts, context_length=None):
         return torch.from_numpy(super().__call__(texts, context_length))

@@ -10,7 +10,6 @@ from test_features import exit_codes
 
 from jettclip.deploy import runtime
 from jettclip.deploy.export import drift
-from jettclip.models import model_config, transforms
 from jettclip.text import tokenizer
 
 TEXTS = ["a red ring", "", "it's 2 cats &amp; a DOG", "a blue star, " * 100, "naïve “你好” 🙂"]
@@ -53,34 +52,6 @@ def test_tokens_are_the_models(exported):
     odd = ["<start_of_text> !<end_of_text>", "&amp;lt; &#8217;", "schÃ¶n\n½ ſ\x1b[31m", "x" * 100]
     np.testing.assert_array_equal(tokenize([*TEXTS, *odd]), TOKENIZE([*TEXTS, *odd]))
     np.testing.assert_array_equal(tokenize("one", 77), TOKENIZE("one", 77))
-
-
-PHOTOS = [("RGB", (60, 90)), ("L", (200, 33)), ("RGBA", (32, 32)), ("P", (5, 7))]
-
-
-@pytest.mark.parametrize("mode, size", [*PHOTOS, ("RGB", (481, 640))])
-def test_pixels_are_the_models(mode, size):
-    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    image = Image.fromarray(noise).convert(mode)
-    for config in map(model_config, ("JettCLIP-T", "LongCLIP-B")):
-        scaling, size = config["preprocess"], config["vision_cfg"]["image_size"]
-        pixels, expected = runtime.transform(image, size, **scaling), transforms(config)[1](image)
-        np.testing.assert_allclose(pixels, expected, rtol=0, atol=1e-5 / max(scaling["std"]))
-
-
-@pytest.mark.parametrize("orientation, red", [(1, (0, 0)), (6, (1, 0)), (3, (1, 1)), (8, (0, 1))])
-def test_photos_are_turned_as_exif_says(orientation, red, tmp_path):
-    path = photo(tmp_path / "a.jpg", orientation)
-    for at_least in (None, 16):
-        image = runtime.read_photo(path, at_least)
-        width, height = image.size
-        assert (width > height) == (orientation in (1, 3)) and (at_least is None) == (width > 400)
-        for x, y in ((0, 0), (1, 0), (0, 1), (1, 1)):
-            pixel = image.getpixel((x * (width - 1), y * (height - 1)))
-            assert (pixel[0] > 200) == ((x, y) == red)
-    # 16 bits are scaled.
-    Image.fromarray(np.full((4, 4), 0x8000, dtype=np.uint16)).save(tmp_path / "a.png")
-    assert runtime.read_photo(tmp_path / "a.png").getpixel((0, 0)) == (128, 128, 128)
 
 
 def test_errors(exported, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Run an exported model without PyTorch, in ONNX Runtime or OpenVINO: NumPy arrays in and out."""
 
-import html
 import importlib.util
 import json
 import os
@@ -8,9 +7,9 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-import regex
 import tokenizers
-from PIL import Image, ImageOps
+
+from ..inputs import Tokenizer, read_photo, transform
 
 CONFIG = "deploy.json"
 BACKENDS = ("onnxruntime", "openvino", "openvino-bf16")
@@ -102,79 +101,3 @@ def open_graph(path, backend, threads):
     options["INFERENCE_PRECISION_HINT"] = "bf16" if backend.endswith("bf16") else "f32"
     compiled = openvino.Core().compile_model(path, "CPU", options)
     return lambda x: compiled(x)[0]
-
-
-class Tokenizer:
-    """CLIP's byte-pair tokenizer with open_clip's ids, several times as fast: it remembers words.
-
-    No token spans a space, so a word has the same ids everywhere. bpe: a `tokenizers.Tokenizer`
-    of the byte pairs; pattern: splits a word into the pieces that they are applied to.
-    """
-
-    # ASCII without control characters and "&": ftfy and html.unescape change nothing in it.
-    PLAIN = regex.compile(r"[\n\r\t -%'-~]*")
-    MEMORY, LONGEST = 1 << 17, 40  # words remembered, and letters of the longest of them
-
-    def __init__(self, bpe, pattern, context_length):
-        self.bpe, self.context_length = bpe, context_length
-        self.pattern = regex.compile(pattern, regex.IGNORECASE)
-        self.start, self.end = map(bpe.token_to_id, ("<start_of_text>", "<end_of_text>"))
-        self.words = {}  # word -> ids
-
-    def encode(self, text):
-        """Text -> list of ids, without start and end token."""
-        if not self.PLAIN.fullmatch(text):
-            import ftfy
-
-            text = html.unescape(html.unescape(ftfy.fix_text(text)))
-        ids, words = [], self.words
-        for word in text.lower().split():
-            if (word_ids := words.get(word)) is None:
-                word_ids = self._encode_word(word)
-            ids += word_ids
-        return ids
-
-    def _encode_word(self, word):
-        pieces = self.pattern.findall(word)
-        ids = self.bpe.encode(pieces, is_pretokenized=True, add_special_tokens=False).ids
-        if len(word) <= self.LONGEST:
-            if len(self.words) >= self.MEMORY:
-                self.words.clear()
-            self.words[word] = ids
-        return ids
-
-    def __call__(self, texts, context_length=None):
-        """Texts, one or several -> int64 (B, L), 0-padded; truncates, keeps the end token."""
-        texts = [texts] if isinstance(texts, str) else texts
-        length = context_length or self.context_length
-        tokens = np.zeros((len(texts), length), dtype=np.int64)
-        for row, text in zip(tokens, texts, strict=True):
-            ids = self.encode(text)[: length - 2]
-            row[0], row[1 : len(ids) + 1], row[len(ids) + 1] = self.start, ids, self.end
-        return tokens
-
-
-def read_photo(path, at_least=None):
-    """A photo, turned upright as its EXIF data say -> RGB PIL image.
-
-    at_least: decodes a JPEG at the smallest scale that keeps both sides at so many pixels, which
-    is several times faster. Raises OSError where there is no image.
-    """
-    with Image.open(path) as image:
-        if at_least:
-            image.draft("RGB", (at_least, at_least))
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # PIL would clip 16 bits at 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert("RGB")
-
-
-def transform(image, image_size, mean, std, interpolation):
-    """PIL image -> float32 (3, image_size, image_size); the same steps as `models.transforms`."""
-    image = image.convert("RGB")
-    width, height = (image_size * side // min(image.size) for side in image.size)
-    image = image.resize((width, height), Image.Resampling[interpolation.upper()])
-    left, top = round((width - image_size) / 2), round((height - image_size) / 2)
-    image = image.crop((left, top, left + image_size, top + image_size))
-    pixels = (np.asarray(image, dtype=np.float32) / 255 - np.float32(mean)) / np.float32(std)
-    return pixels.transpose(2, 0, 1)  # (S, S, 3) -> (3, S, S)
