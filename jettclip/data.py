@@ -93,15 +93,15 @@ def read_image(image):
 def clean_pairs(table, context_length=248):
     """Check every row -> (usable rows, report with the columns key, problem).
 
-    Rows with an unreadable image, an empty caption or a problem of `load_pairs` are left out.
-    Captions over `context_length` tokens stay and are reported: reading truncates them. A missing
-    column is an error.
+    Rows with an unreadable image or an empty caption are left out. Captions over `context_length`
+    tokens stay and are reported: reading truncates them. A missing column is an error.
     """
     if lacks := ", ".join(column for column in COLUMNS if column not in table):
         raise ValueError(f"the pairs table lacks the column(s) {lacks}; it has {', '.join(table)}")
-    table = table if "problem" in table else table.assign(problem=None)
-    report = table.loc[table.problem.notna(), ["key", "problem"]].to_numpy().tolist()
-    table = table[table.problem.isna()].drop(columns="problem")
+    if "problem" in table:  # rows that `load_pairs` could not read
+        known = table.problem.notna()
+        usable, report = clean_pairs(table[~known].drop(columns="problem"), context_length)
+        return usable, pd.concat([table.loc[known, ["key", "problem"]], report], ignore_index=True)
     encode = tokenizer(context_length).encode
 
     def check(key, image, long, short):
@@ -121,7 +121,7 @@ def clean_pairs(table, context_length=248):
     with ThreadPoolExecutor(CORES) as pool:
         checked = list(pool.map(check, table.key, table.image, table.long, table.short))
     usable = np.array([not fatal for fatal, _ in checked], dtype=bool)
-    report += [problem for fatal, truncated in checked for problem in fatal or truncated]
+    report = [problem for fatal, truncated in checked for problem in fatal or truncated]
     return table[usable].reset_index(drop=True), pd.DataFrame(report, columns=["key", "problem"])
 
 
