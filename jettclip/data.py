@@ -35,7 +35,8 @@ def load_pairs(source, root=None, split="train", n=None, seed=0, image_size=64, 
 
     `scenes` are drawn and `collage` is put together from Flickr8k, both at `image_size`. The others
     are read from the folder `root` (or JETTCLIP_DATA), laid out as `datasets.published` says. Where
-    an image has several captions, `draws` > 1 adds longs and shorts: lists of so many orders.
+    an image has several captions, `draws` > 1 adds longs and shorts: lists of so many orders. A row
+    that cannot be read has a `problem`, a column that only such tables have: see `clean_pairs`.
     """
     sources = ["scenes", "collage", *published.SOURCES]
     for word, words, what in ((source, sources, "data source"), (split, published.SPLITS, "split")):
@@ -47,11 +48,12 @@ def load_pairs(source, root=None, split="train", n=None, seed=0, image_size=64, 
         raise ValueError(f"{source} has one caption of each image: set caption_draws to 1")
     if source == "scenes":
         return scenes.make_pairs(n, 3 * seed + published.SPLITS.index(split), image_size, split)
-    root = root or os.environ.get("JETTCLIP_DATA")
     if source == "collage":
-        photos = published.read_flickr8k(root, split)
-        return collage.make_pairs(photos.image, photos.captions, n, seed, image_size, split)
-    read = published.SOURCES[source]
+        photos, report = clean_pairs(load_pairs("flickr8k", root, split))
+        table = collage.make_pairs(photos.image, photos.captions, n, seed, image_size, split)
+        bad = report[report.problem.str.contains("left out")].drop_duplicates("key")
+        return pd.concat([table, bad.assign(split=split)], ignore_index=True) if len(bad) else table
+    root, read = published.data_folder(root), published.SOURCES[source]
     table = read(root, split, seed)
     if draws > 1:
         orders = [read(root, split, [seed, draw]) for draw in range(draws)]
@@ -66,7 +68,7 @@ def load_details(source, root=None, n=1000, seed=0, image_size=64):
     if source == "scenes":
         return scenes.make_details(n, seed, image_size)
     if source == "collage":
-        photos = published.read_flickr8k(root or os.environ.get("JETTCLIP_DATA"), "test")
+        photos, _ = clean_pairs(load_pairs("flickr8k", root, "test"))
         return collage.make_details(photos.image, photos.captions, n, seed, image_size)
 
 
@@ -84,6 +86,10 @@ def clean_pairs(table, context_length=248):
     """
     if lacks := ", ".join(column for column in COLUMNS if column not in table):
         raise ValueError(f"the pairs table lacks the column(s) {lacks}; it has {', '.join(table)}")
+    if "problem" in table:  # rows that `load_pairs` could not read
+        known = table.problem.notna()
+        usable, report = clean_pairs(table[~known].drop(columns="problem"), context_length)
+        return usable, pd.concat([table.loc[known, ["key", "problem"]], report], ignore_index=True)
     encode = tokenizer(context_length).encode
 
     def check(key, image, long, short):
@@ -112,10 +118,17 @@ def clean_pairs(table, context_length=248):
 
 
 def fingerprint(table):
-    """SHA-256 of a pairs table: its images, captions and their order."""
-    fields = table[["image", "long", "short"]].to_numpy().ravel()
-    data = (field if isinstance(field, bytes) else str(field).encode() for field in fields)
-    return hashlib.sha256(b"".join(hashlib.sha256(field).digest() for field in data)).hexdigest()
+    """SHA-256 of a pairs table: what is in its images, wherever they lie, captions and order."""
+
+    def digest(image):
+        data = image if isinstance(image, bytes) else Path(image).read_bytes()
+        return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+    images = table.digest if "digest" in table else map(digest, table.image)
+    hashed = hashlib.sha256()
+    for row in zip(images, table.long, table.short, strict=True):
+        hashed.update(repr(row).encode())
+    return hashed.hexdigest()
 
 
 def draw_crops(n, k, seed, smallest=1.0, flip=False):

@@ -1,8 +1,10 @@
 """Sources give equal tables, bad rows are named, and a stored crop shows the same pixels again."""
 
+import hashlib
 import io
 import pickle
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -138,6 +140,39 @@ def test_clean_pairs():
     assert len(nothing) == len(report) == 0 and list(nothing.columns) == [*COLUMNS, "digest"]
     with pytest.raises(ValueError, match=r"lacks the column\(s\) short, key; it has image, long"):
         clean_pairs(table.drop(columns=["short", "key"]))
+
+
+def test_fingerprint_is_of_contents(tmp_path):
+    """Files in another folder are the same data; other files, captions or orders are not."""
+    table = data.load_pairs("scenes", None, n=3, image_size=16)
+    names = [[str(tmp_path / f"{folder}{i}.png") for i in range(3)] for folder in "ab"]
+    for name, image in zip(sum(names, []), [*table.image] * 2, strict=True):
+        Path(name).write_bytes(image)
+    here, there = (table.assign(image=images) for images in names)
+    expected = data.fingerprint(table)
+    digests = [hashlib.blake2b(image, digest_size=16).hexdigest() for image in table.image]
+    checked = here.assign(digest=digests, image="is not read again")
+    assert {*map(data.fingerprint, (here, there, checked, clean_pairs(there)[0]))} == {expected}
+    assert PairDataset(here, 16).fingerprint == PairDataset(there, 16).fingerprint
+    changed = [table[::-1], table[:2], table.assign(long=table.short), checked[::-1], there]
+    Path(names[1][1]).write_bytes(table.image[0])  # another image under the same name
+    assert len({expected, *map(data.fingerprint, changed)}) == 5  # two are in reverse order
+
+
+def test_a_photograph_without_captions_is_in_no_collage(flickr8k, monkeypatch):
+    path = flickr8k / "flickr8k_128px_test.parquet"
+    photos = pd.read_parquet(path)
+    photos.at[3, "captions"] = None
+    photos.at[5, "image"] = b"no image"
+    photos.at[7, "captions"] = ["the only caption"]
+    photos.to_parquet(path)
+    pairs, report = clean_pairs(load_pairs("collage", flickr8k, "test", 20, image_size=48))
+    assert len(pairs) == 20 and set(report.key) == {"3.jpg", "5.jpg"}
+    shown = " ".join(pairs.long)
+    assert "the only caption" in shown and " 3 a" not in shown and " 5 a" not in shown
+    assert len(data.load_details("collage", flickr8k, 5, image_size=48)) == 5
+    with pytest.raises(ValueError, match="collages need 10 photographs or more, not 8"):
+        load_pairs("collage", flickr8k, "train", 5)
 
 
 def test_read_image(tmp_path):

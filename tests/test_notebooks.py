@@ -13,6 +13,7 @@ import nbformat
 import pandas as pd
 import pytest
 import yaml
+from PIL import Image
 
 from jettclip import train
 from jettclip.models import load_folder
@@ -91,6 +92,25 @@ def execute(name, **values):
         if is_parameters(cell):
             namespace |= {key: value for key, value in values.items() if key in namespace}
     plt.close("all")
+
+
+def test_00_counts_the_rows_that_it_leaves_out_and_names_them(tmp_path, monkeypatch):
+    names = ["train"] * 5 + ["val", "test"]
+    rows = [{"file_name": f"{name}.png", "text": "a dog", "split": name} for name in names]
+    rows += [{**rows[0], "text": None}, {**rows[0], "short": "\ud800"}]  # one name, two rows
+    for folder in ("data", "notebooks"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "data/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{")
+    for name in names:
+        Image.new("RGB", (8, 8)).save(tmp_path / f"data/{name}.png")
+    monkeypatch.chdir(tmp_path / "notebooks")
+    monkeypatch.syspath_prepend(NOTEBOOKS)
+    values = {"source": "folder", "data_root": "../data", "train_pairs": 0, "profile": "folder"}
+    with pytest.raises(ValueError, match="3 of 10 rows are unusable, more than most_left_out=25%"):
+        execute("00_data", **values, most_left_out=0.25)
+    skipped = pd.read_csv(tmp_path / "runs/folder/data/skipped.csv")
+    assert skipped.key.tolist()[:2] == ["train.png"] * 2 and len(skipped) == 3
+    assert skipped.problem.str.contains(f"of {tmp_path}/data/metadata.jsonl").all()
 
 
 @pytest.fixture(scope="session")

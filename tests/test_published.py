@@ -2,14 +2,20 @@
 
 import json
 import pickle
+import tempfile
 from itertools import product
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from jettclip.data import COLUMNS, clean_pairs, load_pairs, read_image
+from jettclip.datasets import published
 from jettclip.datasets.published import classes, encoded
 
 
@@ -24,9 +30,10 @@ def tree(tmp_path):
     picture = encoded(Image.new("RGB", (20, 16), (200, 30, 30)), "JPEG")
 
     def write(path, content=None):
-        text = content if isinstance(content, str) else json.dumps(content)
+        data = content if isinstance(content, str | bytes) else json.dumps(content)
+        data = picture if content is None else data.encode() if isinstance(data, str) else data
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_bytes(picture if content is None else text.encode())
+        (tmp_path / path).write_bytes(data)
 
     return write
 
@@ -49,20 +56,22 @@ def conversation(image, text):
 )
 def test_sharegpt4v(path, tree, tmp_path):
     images = ["coco/train2017/000000000009.jpg", "llava/00453/004539375.jpg", "sam/sa_545504.jpg"]
-    texts = [f"Row {i} shows a dog. It runs\n\nover grass." for i in range(1003)]
-    tree(path, [conversation(images[(i + 2) % 3], text) for i, text in enumerate(texts)])
+    texts = [f"Row {i} shows a dog. It runs\n\nover grass." for i in range(2003)]
+    tree(path, [conversation(images[(i + 1) % 3], text) for i, text in enumerate(texts)])
     for image in images:
         tree(f"data/{image}")
     train = usable(load_pairs("sharegpt4v", tmp_path), 3)
-    short = "Row 1000 shows a dog"
+    short = "Row 2000 shows a dog"
     assert (train.long[0], train.short[0]) == (f"{short}. It runs  over grass.", short)
     assert train.key.tolist() == images and set(train.split) == {"train"}
-    assert load_pairs("sharegpt4v", tmp_path, "val").long[999].startswith("Row 999 ")
+    for split, first in (("test", 0), ("val", 1000)):  # Long-CLIP's test rows, and others
+        rows = load_pairs("sharegpt4v", tmp_path, split).long.str.split().str[1].astype(int)
+        assert rows.tolist() == list(range(first, first + 1000))
     usable(load_pairs("sharegpt4v", tmp_path, "test", n=5), 5)
 
 
 def test_coco(tree, tmp_path):
-    for subset, n in (("train2017", 3), ("val2017", 2)):
+    for subset, n in (("train2017", 11), ("val2017", 2)):
         images = [{"id": 10 + i, "file_name": f"{i:012}.jpg"} for i in range(n)]
         annotations = [
             {"id": 5 * i + k, "image_id": 10 + i, "caption": f"Image {i},\ncaption {k} "}
@@ -72,12 +81,13 @@ def test_coco(tree, tmp_path):
         tree(f"annotations/captions_{subset}.json", content)
         for image in images:
             tree(f"{subset}/{image['file_name']}")
-    pairs = usable(load_pairs("coco", tmp_path), 3)
-    captions = sorted(pairs.long[1].removesuffix(".").split(". "))
+    pairs = usable(load_pairs("coco", tmp_path), 10)
+    captions = sorted(pairs.long[0].removesuffix(".").split(". "))
     assert captions == [f"Image 1, caption {k}" for k in range(5)]
-    assert pairs.long[1].startswith(pairs.short[1] + ".")
-    assert pairs.captions[1] == [f"Image 1,\ncaption {k} " for k in range(5)]
-    usable(load_pairs("coco", tmp_path, "test"), 2)
+    assert pairs.long[0].startswith(pairs.short[0] + ".")
+    assert pairs.captions[0] == [f"Image 1,\ncaption {k} " for k in range(5)]
+    images = [*usable(load_pairs("coco", tmp_path, "test"), 2).image, *pairs.image]
+    assert len({*images, *usable(load_pairs("coco", tmp_path, "val"), 1).image}) == 13
 
 
 FOLDERS = {"coco": "train2014", "flickr30k": "flickr30k-images", "flickr8k": "Flicker8k_Dataset"}
@@ -131,10 +141,18 @@ ITEM = conversation("../../etc/passwd", "x")
 COCO, SHARE = "annotations/captions_train2017.json", "sharegpt4v.json"
 META = "metadata.jsonl"
 BAD_FILES = [
-    ("sharegpt4v", SHARE, [ITEM] * 1001, "'../../etc/passwd' lies outside of the data folder"),
-    ("sharegpt4v", SHARE, [{**ITEM, "conversations": []}] * 1001, "as published: IndexError"),
+    ("sharegpt4v", SHARE, [ITEM] * 2001, "'../../etc/passwd' lies outside of the data folder"),
+    ("sharegpt4v", SHARE, [{**ITEM, "conversations": []}] * 2001, "IndexError .*item 2000 of /"),
+    ("sharegpt4v", SHARE, [ITEM] * 2000, "/sharegpt4v.json .*no readable row of the split train"),
     ("folder", META, '{"file_name": "/etc/passwd", "text": "x"}', "lies outside"),
-    ("folder", META, '{"text": "x", "split": "test"}\n{"f', "line 2 of .*: JSONDecode"),
+    (
+        "folder",
+        META,
+        '{"text": "x", "split": "test"}\n{"f',
+        r"JSONDecode.* \(line 2 of /.*/metadata",
+    ),
+    ("folder", META, "[" * 100_000, "RecursionError"),
+    ("flickr8k", "flickr8k_64px_train.parquet", "PAR1", "_train.parquet is not laid out as publi"),
     ("coco", COCO, {"images": []}, "is not laid out as published: KeyError 'annotations'"),
     ("karpathy", "dataset_coco.json", "[1, 2", "is not laid out as published: JSONDecodeError"),
 ]
@@ -144,9 +162,9 @@ BAD_FILES = [
 def test_bad_files(source, file, content, problem, tree, tmp_path, monkeypatch):
     """Missing, or not as published."""
     monkeypatch.chdir(tmp_path)
-    missing = r"no .*(dataset_\*|share-.*\*|captions_train2017|metadata).json.*: set the parameter"
-    for root in (tmp_path, None):
-        with pytest.raises(FileNotFoundError, match=missing):
+    missing = r"no .*(dataset_\*|share-.*\*|captions_train2017|metadata).jsonl?|flickr8k.*parquet"
+    for root, name in ((tmp_path, tmp_path), ("deep/..", tmp_path), (None, "")):
+        with pytest.raises(FileNotFoundError, match=f"({missing}) in .{name}.: set the parameter"):
             load_pairs(source, root)
     tree(file, content)
     with pytest.raises(ValueError, match=problem):
@@ -188,3 +206,145 @@ def test_imagenet(tree, tmp_path):
         classes("imagenet", tmp_path)
     with pytest.raises(ValueError, match="source 'coco' has no classes: cifar10"):
         classes("coco", tmp_path)
+
+
+def item(name, text, **more):
+    return {"file_name": name, "text": text, **more}
+
+
+LINES = [item("a.jpg", "a dog.\u2028It runs"), "", item("b.jpg", None), " \r", '{"text"', "null"]
+LINES += [json.dumps(item("f.jpg", "x\u2028y\x85z", split=None), ensure_ascii=False) + "\r"]
+LINES += [item("c.jpg", "\ud83d dog"), item("../d.jpg", "x"), item(5, "x")]
+LINES += [item("e.jpg", "x", split="dev"), item("h.jpg", " ."), item("i", ["x"])]
+LINES = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in LINES)
+LINES_BAD = {"b.jpg": "None is no text (line 3 ", "line 5": "JSONDecode", "line 6": "NoneType"}
+LINES_BAD |= {"c.jpg": "surrogates not allowed (line 8 ", "../d.jpg": "outside of the data folder"}
+LINES_BAD |= {"line 10": "5 is no text", "line 11": "split 'dev' is unknown"}
+LINES_BAD |= {"h.jpg": "empty: [' .'] (line 12 ", "i": "['x'] is no text"}
+NOTES = [{"image_id": i, "caption": None if i == 3 else f"a dog {i}"} for i in range(5)] + [5, {}]
+IMAGES = [{"id": i, "file_name": f"{i}.jpg"} for i in range(5)] + [{"id": 7}, {"file_name": "8"}]
+COCO_BAD = {"3.jpg": "None is no text (image 3 ", "image 5": "KeyError 'file_name'", "8": "'id'"}
+COCO_BAD |= {"annotation 5": "TypeError", "annotation 6": "KeyError 'image_id'"}
+SAID = {"sentences": [{"raw": "a dog"}], "split": "restval", "filename": "a.jpg"}
+ITEMS = [SAID, {**SAID, "sentences": [{}]}, {**SAID, "split": "dev"}, None]
+ITEMS_BAD = {"a.jpg": "KeyError 'raw' (image 1 ", "image 2": "'dev' is unknown", "image 3": ""}
+TALKS = [{}] * 2000 + [conversation("a.jpg", "A dog."), conversation("b.jpg", None), None]
+TALKS_BAD = {"b.jpg": "None is no text (item 2001 ", "item 2002": "TypeError"}
+PHOTOS = {"a.jpg": ["a dog"], None: ["x"], "c.jpg": None, "d.jpg": [], "e.jpg": ["a dog", None]}
+PHOTOS = pd.DataFrame({"filename": [*PHOTOS], "captions": [*PHOTOS.values()], "image": b"?"})
+PHOTOS_BAD = {"row 1": " is no text", "c.jpg": "TypeError", "d.jpg": "empty: ", "e.jpg": "None is"}
+BAD_ROWS = {  # file, content, keys of the rows that can be read, key and reason of the others
+    "folder": (META, LINES, ["a.jpg", "f.jpg"], LINES_BAD),
+    "coco": (COCO, {"images": IMAGES, "annotations": NOTES}, list("0124"), COCO_BAD),
+    "karpathy": ("dataset_coco.json", {"images": ITEMS}, ["a.jpg"], ITEMS_BAD),
+    "sharegpt4v": (SHARE, TALKS, ["a.jpg"], TALKS_BAD),
+    "flickr8k": ("flickr8k_64px_train.parquet", PHOTOS.to_parquet(), ["a.jpg"], PHOTOS_BAD),
+}
+
+
+@pytest.mark.parametrize("source", BAD_ROWS)
+def test_a_bad_row_is_left_out_by_name(source, tree, tmp_path):
+    file, content, good, bad = BAD_ROWS[source]
+    tree(file, content)
+    pairs = load_pairs(source, tmp_path)
+    pairs["image"] = encoded(Image.new("RGB", (8, 8)), "PNG")
+    table, report = clean_pairs(pairs)
+    assert [key.removesuffix(".jpg") for key in table.key] == [x.removesuffix(".jpg") for x in good]
+    assert "problem" not in table and len(pairs) == len(good) + len(bad) == len(good) + len(report)
+    problems = report.set_index(report.key.str.removesuffix(f" of {tmp_path / file}")).problem
+    for key, reason in bad.items():
+        assert problems[key].startswith("unreadable row, left out: ") and reason in problems[key]
+        assert problems[key].endswith(f" of {tmp_path / file})")
+    if source in ("folder", "karpathy"):  # what has no split counts once
+        with pytest.raises(ValueError, match="no readable row of the split val$"):
+            load_pairs(source, tmp_path, "val")
+
+
+JUNK = [".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX/._x.jpg", ".ipynb_checkpoints/x.txt"]
+
+
+def test_what_operating_systems_add_is_not_data(tree, tmp_path, monkeypatch):
+    for folder, name in product(("image", "caption", "val"), [*JUNK, "._1.txt", "._1.jpg"]):
+        tree(f"{folder}/{name}")
+    tree("image/1.jpg")
+    tree("caption/1.txt", "\ufeffA street.")
+    pairs = load_pairs("urban1k", tmp_path, "test")
+    assert pairs[["key", "long"]].to_numpy().tolist() == [["1", "A street."]]
+    monkeypatch.setattr(published, "IMAGENET_CLASSNAMES", ["tench"])
+    for name in ("1.JPEG", "._1.JPEG", "Thumbs.db"):
+        tree(f"val/n00000003/{name}")
+    table, _ = classes("imagenet", tmp_path)
+    assert table.image.tolist() == [str(tmp_path / "val/n00000003/1.JPEG")]
+    for name in ("dataset_coco.json", "._dataset_coco.json"):
+        tree(f"karpathy/{name}", {"images": [SAID]})
+    for name in ("photos", ".ipynb_checkpoints", "__MACOSX"):
+        (tmp_path / "karpathy" / name).mkdir()
+    assert load_pairs("karpathy", tmp_path / "karpathy").image[0].endswith("/karpathy/photos/a.jpg")
+
+
+def test_a_data_root_is_made_absolute_once(tree, tmp_path, monkeypatch):
+    tree("home/data/metadata.jsonl", item("a.jpg", "a dog"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "home")
+    for root in ("~/data", "data", "../home/data", Path("data")):
+        monkeypatch.delenv("JETTCLIP_DATA", raising=False)
+        tables = [load_pairs("folder", root)]
+        monkeypatch.setenv("JETTCLIP_DATA", str(root))
+        for table in (*tables, load_pairs("folder"), load_pairs("folder", "")):
+            assert table.image[0] == str(tmp_path / "home/data/a.jpg")
+    for source in ("flickr8k", "coco", "karpathy", "sharegpt4v", "collage"):
+        with pytest.raises(FileNotFoundError, match=f"in '{tmp_path}/home/data'"):
+            load_pairs(source, "~/data", n=1)
+    for source, found in (("imagenet", "data/val has 0 class"), ("cifar10", "data': unpack")):
+        with pytest.raises(FileNotFoundError, match=f"{tmp_path}/home/{found}"):
+            classes(source, "~/data")
+
+
+text = st.text(st.characters(codec="utf-8") | st.just("\ud83d"), max_size=20)
+anything = st.recursive(
+    st.none() | st.integers() | st.floats() | text,
+    lambda x: st.lists(x, max_size=2) | st.dictionaries(text, x, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(st.lists(text, min_size=1, max_size=4), st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
+@settings(deadline=None, max_examples=40)
+@pytest.mark.parametrize("ascii", [True, False])
+def test_a_caption_comes_back_as_written_or_is_left_out(ascii, texts, encoding):
+    rows = [item(f"{i}.jpg", text) for i, text in enumerate(["a dog", *texts])]
+    lines = "\n".join(json.dumps(x, ensure_ascii=ascii or encoding == "utf-16") for x in rows)
+    with tempfile.TemporaryDirectory() as root:
+        (Path(root) / META).write_bytes(lines.encode(encoding, "surrogatepass"))
+        pairs = load_pairs("folder", root)
+        pairs.to_parquet(Path(root) / "pairs.parquet")
+    bad = pairs.get("problem", pd.Series(index=pairs.index, dtype=object)).notna()
+    empty = [not row["text"].replace(".", "").strip() for row in rows]
+    assert bad.tolist() == [x or "\ud83d" in y["text"] for x, y in zip(empty, rows, strict=True)]
+    assert pairs.long[~bad].tolist() == [rows[i]["text"] for i in pairs.index[~bad]]
+
+
+@given(anything, st.binary(max_size=9), st.integers(0, 300))
+@settings(deadline=None, max_examples=20)
+@pytest.mark.parametrize("source", ["folder", "karpathy", "coco", "sharegpt4v"])
+def test_what_is_no_row_spoils_no_other(source, value, spoilt, place):
+    lines = [item("0.jpg", "x"), value, item("1.jpg", "x")]
+    talks = [0] * 2000 + [conversation("0.jpg", "x"), value, conversation("1.jpg", "x")]
+    notes = {"images": [IMAGES[0], value, IMAGES[1]], "annotations": [NOTES[0], value, NOTES[1]]}
+    said = [{**SAID, "filename": "0.jpg"}, value, {**SAID, "filename": "1.jpg"}]
+    file, content = {
+        "folder": (META, "\n".join(map(json.dumps, lines))),
+        "karpathy": ("dataset_coco.json", json.dumps({"images": said})),
+        "coco": (COCO, json.dumps(notes)),
+        "sharegpt4v": (SHARE, json.dumps(talks)),
+    }[source]
+    with tempfile.TemporaryDirectory() as root:
+        (Path(root) / "annotations").mkdir()
+        (Path(root) / file).write_text(content, encoding="utf-8")
+        assert load_pairs(source, root).key.isin(["0.jpg", "1.jpg"]).sum() == 2
+        data = content.encode()
+        (Path(root) / file).write_bytes(data[:-place] + spoilt + data[-place:])
+        try:
+            load_pairs(source, root).to_parquet(Path(root) / "pairs.parquet")
+        except ValueError as error:
+            assert str(error).startswith(f"{Path(root) / file} is not laid out as published: ")

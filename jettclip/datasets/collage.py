@@ -36,6 +36,8 @@ def collage(photos, captions, seed, index, size):
 
 
 def _plan(captions, seed, index):
+    if len(captions) < 10:  # one more than a picture shows, for another detail
+        raise ValueError(f"collages need 10 photographs or more, not {len(captions)}")
     rng = np.random.default_rng([seed, index])
     grid = list(GRIDS)[rng.integers(len(GRIDS))]
     photos = rng.choice(len(captions), len(GRIDS[grid]), replace=False).tolist()
@@ -45,9 +47,8 @@ def _plan(captions, seed, index):
 
 def _text(grid, cell, captions):
     """What the caption says of a photograph: two of its captions, one where there are nine."""
-    first, second = sentence(captions[0]), sentence(captions[1])
-    text = f"{GRIDS[grid][cell].capitalize()}, {first[0].lower()}{first[1:]}"
-    return text if grid == (3, 3) else f"{text} {second}"
+    text = " ".join(map(sentence, captions[: 1 if grid == (3, 3) else 2]))
+    return f"{GRIDS[grid][cell].capitalize()}, {text[0].lower()}{text[1:]}"
 
 
 def _caption(plan):

@@ -1,23 +1,34 @@
 """Captioned photographs as their authors publish them -> one table of pairs.
 
 A source is a function (root, split, seed) -> table with the columns image (path or encoded bytes),
-long, short, split, key; seed is a number or several. An image with several short captions has them
-in the column captions: long is all of them in a random order, short the first of these.
+long, short, split, key; root is as `data_folder` gives it, seed a number or several. An image with
+several short captions has them in the column captions: long is all of them in a random order, short
+the first of these. A row that cannot be read has its reason in the column problem.
 """
 
 import io
 import json
 import os
+import re
+from collections import defaultdict
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from ..utils import nearest
 
 SPLITS = ("train", "val", "test")
+# What Windows, macOS, Jupyter and network drives put into folders of data.
+JUNK = re.compile(r"\.|(__MACOSX|Thumbs\.db|desktop\.ini|@eaDir)$", re.IGNORECASE)
+# What reading a file raises that is not as its authors publish it.
+UNPUBLISHED = (LookupError, TypeError, AttributeError, ValueError, OSError, RecursionError)
 
 
 def sentence(caption):
@@ -36,10 +47,22 @@ def encoded(picture, kind):
     return file.getvalue()
 
 
+def data_folder(root):
+    """The absolute path of `root`, else of JETTCLIP_DATA, else None."""
+    root = root or os.environ.get("JETTCLIP_DATA")
+    return Path(os.path.abspath(os.path.expanduser(root))) if root else None
+
+
+def _files(root, pattern):
+    """Sorted paths below `root` that fit `pattern`, without what systems and editors put there."""
+    found = ((path, path.relative_to(root).parts) for path in sorted(root.glob(pattern)))
+    return [path for path, parts in found if not any(map(JUNK.match, parts))]
+
+
 def _find(root, *patterns, holds):
     """The first file below `root` that fits a pattern; if there is none, the error names them."""
     for pattern in patterns if root else ():
-        if found := list(Path(root).expanduser().glob(pattern)):
+        if found := _files(root, pattern):
             return min(found, key=lambda path: (len(path.name), path.name))
     names = " or ".join(patterns).replace("*px", "<size>px")
     raise FileNotFoundError(
@@ -50,91 +73,159 @@ def _find(root, *patterns, holds):
 
 def _inside(root, *path):
     """`path` below `root`, as text. A path that leads out of it is refused; links are followed."""
-    root = os.path.abspath(root)
     image = os.path.normpath(os.path.join(root, *path))
-    if not image.startswith(root + os.sep):
+    if not image.startswith(os.path.join(root, "")):
         raise ValueError(f"the image {'/'.join(path)!r} lies outside of the data folder {root}")
     return image
 
 
+def _reason(error):
+    return str(error) if type(error) is ValueError else f"{type(error).__name__} {error}"
+
+
 @contextmanager
-def _json(file, number=None, line=None):
-    """JSON of `file` or of its `line`; inside, reading what it lacks is an error that says so."""
-    where = f"line {number} of {file}" if number else f"{file} is not laid out as published"
+def _published(file):
+    """Inside, reading what `file` lacks is an error that names the file."""
     try:
-        yield json.loads(line if number else file.read_text(encoding="utf-8"))
-    except (KeyError, IndexError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{where}: {type(error).__name__} {error}") from None
+        yield
+    except UNPUBLISHED as error:
+        raise ValueError(f"{file} is not laid out as published: {_reason(error)}") from None
 
 
-def _table(images, longs, split, keys):
-    """Rows whose short caption is the first sentence of the long one."""
-    shorts = [first_sentence(long) for long in longs]
+def _text(file):
+    """The text of a file in any Unicode encoding; other bytes become lone surrogates."""
+    data = file.read_bytes()
+    return data.decode(json.detect_encoding(data), "surrogateescape")
+
+
+def _items(items, file, what="item", first=0):
+    """Each item with its place in the file."""
+    return ((f"{what} {i} of {file}", item) for i, item in enumerate(items, first))
+
+
+def _of_split(items, split):
+    """Items of a `split`, read from JSON. What has no valid split counts once, in train."""
+    for place, item in items:
+        try:
+            item = json.loads(item) if isinstance(item, str) else item
+            found = (item.get("split") or "train").replace("restval", "train")
+            if found not in SPLITS:
+                raise ValueError(nearest(found, SPLITS, "split"))
+        except UNPUBLISHED as error:
+            item, found = error, "train"
+        if found == split:
+            yield place, item
+
+
+def _valid(text):
+    if not isinstance(text, str):
+        raise ValueError(f"{text!r:.60} is no text")
+    text.encode()  # fails for a lone surrogate, which no table file can hold
+    return text
+
+
+def _row(place, item, name, read):
+    """-> image, captions, key and problem of an item; `item` is an error if it is unreadable."""
+    key = place
+    try:
+        if isinstance(item, Exception):
+            raise item
+        key = _valid(item[name])
+        image, captions = read(item)
+        texts = [] if isinstance(captions, str) else list(map(_valid, captions))
+        if not texts or "." in map(sentence, texts):
+            raise ValueError(f"a caption is missing or empty: {captions!r:.60}")
+        return image, texts, key, None
+    except UNPUBLISHED as error:
+        return None, [""], key, f"unreadable row, left out: {_reason(error)} ({place})"
+
+
+def _table(items, split, name, read, seed=None):
+    """The table of `items`, pairs of a place and what is there.
+
+    `read(item)` gives an image and its captions, the item's `name` is the key. seed: captions are
+    several short ones, in an order that it draws; without, they are the long and perhaps the short.
+    """
+    rows = [_row(place, item, name, read) for place, item in items]
+    if all(problem for *_, problem in rows):
+        first = f": {rows[0][3]}" if rows else ""
+        raise ValueError(f"it has no readable row of the split {split}{first}")
+    images, captions, keys, problems = map(list, zip(*rows, strict=True))
+    more = {"problem": problems} if any(problems) else {}
+    if seed is not None:
+        more = {"captions": captions, **more}
+        rng = np.random.default_rng([*np.atleast_1d(seed), SPLITS.index(split)])
+        shuffled = [[sentence(texts[i]) for i in rng.permutation(len(texts))] for texts in captions]
+        captions = [[" ".join(texts), texts[0].rstrip(".")] for texts in shuffled]
+    longs = [texts[0] for texts in captions]
+    shorts = [texts[1] if texts[1:] else first_sentence(texts[0]) for texts in captions]
     columns = {"image": images, "long": longs, "short": shorts, "split": split, "key": keys}
-    return pd.DataFrame(columns)
-
-
-def _several(images, captions, split, keys, seed):
-    """Rows of images with several short captions each."""
-    rng = np.random.default_rng([*np.atleast_1d(seed), SPLITS.index(split)])
-    shuffled = [[sentence(texts[i]) for i in rng.permutation(len(texts))] for texts in captions]
-    shorts = [texts[0].rstrip(".") if texts else "" for texts in shuffled]
-    table = _table(images, [" ".join(texts) for texts in shuffled], split, keys)
-    return table.assign(short=shorts, captions=[list(texts) for texts in captions])
-
-
-def read_flickr8k(root, split):
-    """Flickr8k with the smallest images there are: image (JPEG bytes), filename, captions (5)."""
-    holds = "Flickr8k as Parquet files with the columns image (JPEG bytes), filename, captions"
-    file = _find(root, f"flickr8k_*px_{split}.parquet", holds=holds)
-    table = pd.read_parquet(file)
-    if lacks := ", ".join(sorted({"image", "filename", "captions"} - set(table))):
-        raise ValueError(f"{file} lacks the column(s) {lacks}; it has {', '.join(table)}")
-    return table
+    return pd.DataFrame({**columns, **more})
 
 
 def flickr8k(root, split, seed):
-    """Flickr8k (Hodosh et al., 2013)."""
-    table = read_flickr8k(root, split)
-    return _several(table.image, table.captions, split, table.filename, seed)
+    """Flickr8k (Hodosh et al., 2013) with the smallest images there are."""
+    holds = "Flickr8k as Parquet files with the columns image (JPEG bytes), filename, captions"
+    file = _find(root, f"flickr8k_*px_{split}.parquet", holds=holds)
+    with _published(file):
+        table = pd.read_parquet(file)
+        if lacks := ", ".join(sorted({"image", "filename", "captions"} - set(table))):
+            raise ValueError(f"it lacks the column(s) {lacks}; it has {', '.join(table)}")
+        items = _items(table.to_dict("records"), file, "row")
+        return _table(items, split, "filename", itemgetter("image", "captions"), seed)
 
 
 def sharegpt4v(root, split, seed):
-    """ShareGPT4V: a list of conversations, images below data/; val, test: the first 1,000 rows."""
+    """ShareGPT4V, images below data/: 1,000 rows of test, as in Long-CLIP, 1,000 of val, train."""
     patterns = "share-captioner*.json", "sharegpt4v*.json", "data/sharegpt4v/*.json"
     file = _find(root, *patterns, holds="ShareGPT4V: its JSON file and data/ with coco/, sam/, ...")
-    images = Path(root) / "data" if (Path(root) / "data").is_dir() else file.parent
-    with _json(file) as items:
-        items = items[1000:] if split == "train" else items[:1000]  # as in Long-CLIP
-        longs = [item["conversations"][1]["value"].replace("\n", " ").strip() for item in items]
-        keys = [item["image"] for item in items]
-        return _table([_inside(images, key) for key in keys], longs, split, keys)
+    images = root / "data" if (root / "data").is_dir() else file.parent
+    first, end = {"test": (0, 1000), "val": (1000, 2000), "train": (2000, None)}[split]
+
+    def read(item):
+        long = _valid(item["conversations"][1]["value"])
+        return _inside(images, item["image"]), [long.replace("\n", " ").strip()]
+
+    with _published(file):
+        items = _items(json.loads(_text(file))[first:end], file, first=first)
+        return _table(items, split, "image", read)
 
 
 def coco(root, split, seed):
-    """COCO 2017 captions: val and test are both val2017 (Karpathy's splits: source `karpathy`)."""
-    subset = "train2017" if split == "train" else "val2017"
-    name = f"annotations/captions_{subset}.json"
-    with _json(_find(root, name, holds=f"COCO 2017: annotations/ and {subset}/")) as data:
-        captions = {image["id"]: [] for image in data["images"]}
-        for annotation in data["annotations"]:
-            captions[annotation["image_id"]].append(annotation["caption"])
-        keys = [image["file_name"] for image in data["images"]]
-        images = [_inside(root, subset, key) for key in keys]
-        return _several(images, captions.values(), split, keys, seed)
+    """COCO 2017 captions: val2017 is test; val: 1,000 images of train2017, at most a tenth."""
+    subset = "val2017" if split == "test" else "train2017"
+    name, holds = f"annotations/captions_{subset}.json", f"COCO 2017: annotations/ and {subset}/"
+    file, captions, bad = _find(root, name, holds=holds), defaultdict(list), []
+
+    def read(image):
+        return _inside(root, subset, image["file_name"]), captions[image["id"]]
+
+    with _published(file):
+        data = json.loads(_text(file))
+        for place, annotation in _items(data["annotations"], file, "annotation"):
+            try:
+                captions[annotation["image_id"]].append(annotation["caption"])
+            except UNPUBLISHED as error:
+                bad.append((place, error))
+        images = list(_items(data["images"], file, "image"))
+        val = min(1000, len(images) // 10)
+        images = {"train": images[val:] + bad, "val": images[:val], "test": images + bad}[split]
+        return _table(images, split, "file_name", read, seed)
 
 
 def karpathy(root, split, seed):
     """Karpathy's splits of COCO, Flickr30k, Flickr8k: images by filepath or in the only folder."""
     file = _find(root, "dataset_*.json", holds="one of Karpathy's dataset_*.json and its images")
-    folders = [path.name for path in Path(root).iterdir() if path.is_dir()]
+    folders = [path.name for path in _files(root, "*") if path.is_dir()]
     folder = folders[0] if len(folders) == 1 else ""
-    with _json(file) as data:
-        items = [x for x in data["images"] if x["split"].replace("restval", "train") == split]
-        keys = [item["filename"] for item in items]
-        images = [_inside(root, item.get("filepath") or folder, item["filename"]) for item in items]
-        captions = [[text["raw"] for text in item["sentences"]] for item in items]
-        return _several(images, captions, split, keys, seed)
+
+    def read(item):
+        image = _inside(root, item.get("filepath") or folder, item["filename"])
+        return image, [text["raw"] for text in item["sentences"]]
+
+    with _published(file):
+        items = _items(json.loads(_text(file))["images"], file, "image")
+        return _table(_of_split(items, split), split, "filename", read, seed)
 
 
 def urban1k(root, split, seed):
@@ -142,26 +233,32 @@ def urban1k(root, split, seed):
     if split != "test":
         raise ValueError(f"urban1k has no split {split!r}: it is a test set")
     _find(root, "caption/*.txt", holds="Urban-1k: image/ and caption/")
-    texts = {path.stem: path for path in sorted(Path(root).glob("caption/*.txt"))}
-    images = {path.stem: str(path.resolve()) for path in sorted(Path(root).glob("image/*"))}
+    texts = {path.stem: path for path in _files(root, "caption/*.txt")}
+    images = {path.stem: str(path.resolve()) for path in _files(root, "image/*")}
     if alone := ", ".join(sorted(texts.keys() ^ images.keys())[:5]):
         raise ValueError(f"{root} has an image without caption or a caption without image: {alone}")
-    longs = [path.read_text(encoding="utf-8").split("\n")[0].strip() for path in texts.values()]
-    return _table([images[key] for key in texts], longs, split, list(texts))
+
+    def read(item):
+        return images[item["key"]], [_text(item["file"]).split("\n")[0].strip()]
+
+    items = [(file, {"key": key, "file": file}) for key, file in texts.items()]
+    with _published(root):
+        return _table(items, split, "key", read)
 
 
 def folder(root, split, seed):
     """Images with a metadata.jsonl: file_name, long (or text), perhaps short and split (train)."""
     example = '{"file_name": "a.jpg", "long": "...", "short": "...", "split": "train"}'
     file = _find(root, "metadata.jsonl", holds=f"a metadata.jsonl with lines such as {example}")
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        with _json(file, number, line) as item:
-            if item.get("split", "train") == split:
-                key, long = item["file_name"], item["long"] if "long" in item else item["text"]
-                short = item.get("short") or first_sentence(long)
-                rows.append((_inside(root, key), long, short, split, key))
-    return pd.DataFrame(rows, columns=["image", "long", "short", "split", "key"])
+
+    def read(item):
+        long, short = item.get("long") or item.get("text"), item.get("short")
+        return _inside(root, item["file_name"]), [long, short] if short else [long]
+
+    with _published(file):
+        lines = _items(_text(file).split("\n"), file, "line", first=1)
+        lines = ((place, line) for place, line in lines if line.strip())
+        return _table(_of_split(lines, split), split, "file_name", read)
 
 
 SOURCES = {read.__name__: read for read in (flickr8k, sharegpt4v, coco, karpathy, urban1k, folder)}
@@ -172,6 +269,7 @@ def classes(source, root, split="test"):
 
     cifar10, cifar100: the unpacked "python version"; imagenet: val/<wnid>/*.JPEG (or train/).
     """
+    root = data_folder(root)
     if reader := {"cifar10": CIFAR10, "cifar100": CIFAR100}.get(source):
         try:
             data = reader(root, split == "train")
@@ -183,8 +281,10 @@ def classes(source, root, split="test"):
         return pd.DataFrame({"image": images, "label": data.targets}), names
     if source != "imagenet":
         raise ValueError(f"source {source!r} has no classes: cifar10, cifar100 and imagenet have")
-    folder = Path(root) / ("train" if split == "train" else "val")
-    if (count := sum(path.is_dir() for path in folder.glob("*"))) != len(IMAGENET_CLASSNAMES):
+    folder = root / ("train" if split == "train" else "val")
+    wnids = [path for path in _files(folder, "*") if path.is_dir()]
+    if (count := len(wnids)) != len(IMAGENET_CLASSNAMES):
         raise FileNotFoundError(f"{folder} has {count} class folders <wnid>/, not ImageNet's 1000")
-    samples = ImageFolder(folder, allow_empty=True).samples  # paths and labels
+    images = [(path, i) for i, wnid in enumerate(wnids) for path in _files(wnid, "*")]
+    samples = [(str(path), i) for path, i in images if path.suffix.lower() in IMG_EXTENSIONS]
     return pd.DataFrame(samples, columns=["image", "label"]), list(IMAGENET_CLASSNAMES)
