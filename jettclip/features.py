@@ -47,7 +47,7 @@ class FeatureCache:
 
     def verify(self):
         """Compare every file with the manifest's SHA-256; Stale names those that differ."""
-        _compare(self.folder, self.manifest["sha256"], _sha256)
+        _compare(self.folder, self.manifest, "sha256")
 
     @classmethod
     def build(cls, folder, teacher, teacher_hash, table, dataset, batch_size=128, report=print):
@@ -86,8 +86,8 @@ class FeatureCache:
         wait_for_all()
         if is_first():
             write_then_rename(folder / "crops.npy", lambda path: np.save(path, dataset.crops))
-            for key, digest in (("sha256", _sha256), ("sampled", _sampled)):
-                manifest[key] = {name: digest(folder / f"{name}.npy") for name in FILES}
+            for key in ("sha256", "sampled"):
+                manifest[key] = {name: _digest(folder / f"{name}.npy", key) for name in FILES}
             write_json(folder / "manifest.json", {**manifest, "torch": torch.__version__})
             for name in ("done.npy", "progress.json"):
                 (folder / name).unlink()
@@ -104,15 +104,14 @@ class FeatureCache:
         if not path.exists():
             raise FileNotFoundError(f"{folder} holds no finished feature cache: run notebook 01")
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            sums = {name: manifest["sampled"][name] for name in FILES}
-        except (ValueError, KeyError, TypeError):
-            raise Stale(f"{path} is damaged, or of an older version: {REBUILD}") from None
+            manifest = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise Stale(f"{path} is damaged: {REBUILD}") from None
         cached = {key: manifest.get(key) for key in source}
         if differs := [key for key in source if cached[key] != source[key]]:
             values = [f"{key} (cached {cached[key]!r}, asked {source[key]!r})" for key in differs]
             raise Stale(f"the feature cache {folder} is of other inputs: {'; '.join(values)}")
-        _compare(Path(folder), sums, _sampled)
+        _compare(Path(folder), manifest, "sampled")
         return cls(folder)
 
     def rows(self, index, k):
@@ -128,26 +127,23 @@ class FeatureCache:
         return tuple(x.index_select(0, i).float() for x, i in zip(self.flat, places, strict=True))
 
 
-def _sha256(path):
+def _digest(path, key):
+    """SHA-256 of a file, or for "sampled" of its length and of 64 blocks of it, spread evenly."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sampled(path):
-    """SHA-256 of a file's length and of 64 blocks of it, spread evenly."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
+        if key == "sha256":
+            return hashlib.file_digest(file, key).hexdigest()
+        size = file.seek(0, os.SEEK_END)
+        digest = hashlib.sha256(str(size).encode())
         for place in np.linspace(0, max(0, size - 4096), 64).astype(int):
             file.seek(place)
             digest.update(file.read(4096))
     return digest.hexdigest()
 
 
-def _compare(folder, sums, digest):
-    paths = {name: folder / f"{name}.npy" for name in FILES}
-    ok = {name: path.exists() and digest(path) == sums[name] for name, path in paths.items()}
-    if differs := ", ".join(name for name in FILES if not ok[name]):
+def _compare(folder, manifest, key):
+    paths, sums = {name: folder / f"{name}.npy" for name in FILES}, manifest.get(key, {})
+    same = {x: path.exists() and _digest(path, key) == sums.get(x) for x, path in paths.items()}
+    if differs := ", ".join(name for name in FILES if not same[name]):
         raise Stale(f"the files {differs} of {folder} are not what was written: {REBUILD}")
 
 

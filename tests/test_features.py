@@ -96,7 +96,7 @@ def test_a_job_stores_the_teachers_features(table, tmp_path):
         assert torch.allclose(stored.norm(dim=1), torch.ones(4), atol=1e-3)
 
 
-def test_a_finished_cache_is_opened_or_built_again(finished, data, tmp_path):
+def test_a_finished_cache_is_opened_or_built_again(finished, data, tmp_path, monkeypatch):
     teacher, (table, dataset) = StubTeacher(), data
     assert build(finished, data, teacher).manifest["rows"] == 23 and teacher.calls == 0
     longer, scaled = table.assign(long=table.long + " More."), {**PLAIN, "mean": [0.5] * 3}
@@ -117,6 +117,9 @@ def test_a_finished_cache_is_opened_or_built_again(finished, data, tmp_path):
         assert cache.manifest["rows"] == len(asked[0]) and cache.manifest["teacher"] == teacher_hash
         cache.verify()
         assert np.array_equal(reader.image, before)
+    monkeypatch.setattr(features, "code_hash", lambda *modules: "edited")
+    build(folder, data, report=lines.append)
+    assert "asked 'edited'): building it again" in lines[-1]
     with pytest.raises(Stale, match="of other inputs: teacher"):
         FeatureCache.open(finished, teacher="u")
     with pytest.raises(FileNotFoundError, match="no finished feature cache: run notebook 01"):
@@ -133,13 +136,6 @@ def test_broken_features_are_refused(value, data, tmp_path):
         assert not (tmp_path / "manifest.json").exists()
 
 
-def test_other_code_builds_again(finished, data, tmp_path, monkeypatch):
-    folder, lines = shutil.copytree(finished, tmp_path / "cache"), []
-    monkeypatch.setattr(features, "code_hash", lambda *modules: "edited")
-    build(folder, data, report=lines.append)
-    assert re.search(r"of other inputs: code \(cached .*, asked 'edited'\): building", lines[0])
-
-
 @pytest.mark.parametrize("name, place", [("image", 0), ("long", 200), ("crops", -1)])
 def test_damaged_files_are_refused_and_built_again(name, place, finished, data, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "cache")
@@ -154,22 +150,30 @@ def test_damaged_files_are_refused_and_built_again(name, place, finished, data, 
     (folder / "progress.json").write_text("{}")  # killed before it was removed: of no use
     build(folder, data, report=lines.append)
     assert "building it again" in lines[0] and contents(folder) == contents(finished)
-    for damaged in ("", "[]", "{}", '{"sampled": {}}', "\udcff"):
-        (folder / "manifest.json").write_text(damaged, "utf-8", "surrogateescape")
-        with pytest.raises(Stale, match="manifest.json is damaged, or of an older version: notebo"):
+    for damaged, problem in (
+        (b"", "manifest.json is damaged: notebook"),
+        (b"[1]", "manifest.json is damaged"),
+        (b"\xff", "manifest.json is damaged"),
+        (b"{}", "image, long, short, crops of .* are not what was written"),
+    ):
+        (folder / "manifest.json").write_bytes(damaged)
+        with pytest.raises(Stale, match=problem):
             FeatureCache.open(folder)
 
 
 def test_opening_reads_a_sample_and_verifying_reads_all(tmp_path):
     """Of 4 MB in 64 blocks of 4 KiB: the first and the last byte, not the one after a block."""
-    (tmp_path / "x").write_bytes(bytes(4 << 20))
-    digests = features._sampled(tmp_path / "x"), features._sha256(tmp_path / "x")
-    for place, seen in ((0, True), (4096, False), (-1, True)):
-        changed = bytearray(4 << 20)
-        changed[place] = 1
-        (tmp_path / "x").write_bytes(changed)
-        assert (features._sampled(tmp_path / "x") != digests[0]) == seen
-        assert features._sha256(tmp_path / "x") != digests[1]
+
+    def digests(place=None):
+        content = bytearray(4 << 20)
+        if place is not None:
+            content[place] = 1
+        (tmp_path / "x").write_bytes(content)
+        return [features._digest(tmp_path / "x", key) for key in ("sampled", "sha256")]
+
+    whole = digests()
+    for place, sampled in ((0, True), (4096, False), (-1, True)):
+        assert [x != y for x, y in zip(digests(place), whole, strict=True)] == [sampled, True]
 
 
 def test_rows_outside_are_refused(finished):
@@ -189,17 +193,16 @@ def test_rows_outside_are_refused(finished):
     assert cache.rows([22], [1])[0].equal(torch.from_numpy(cache.image[22:, 1]).float())
 
 
-@pytest.mark.parametrize("rows, n, batch_size", [(0, 0, 1), (3, 4, 1), (3, 3, 0)])
-def test_nothing_to_store(rows, n, batch_size, data, tmp_path):
-    table = data[0]
+@pytest.mark.parametrize("rows, n, batch_size", [(0, 0, 1), (3, 4, 1), (3, 3, 0), (1, 1, 4)])
+def test_few_pairs_and_none(rows, n, batch_size, data, tmp_path):
+    few = data[0][:rows], PairDataset(data[0][:n], 16)
+    if batch_size == 4:
+        cache = build(tmp_path / "new", few, batch_size=4)
+        assert [x.shape for x in cache.rows([0], [0])] == [(1, 8)] * 3
+        return
     with pytest.raises(ValueError, match=f"no features to store: {rows} pairs, 1 crops of {n} row"):
-        build(tmp_path / "new", (table[:rows], PairDataset(table[:n], 16)), batch_size=batch_size)
+        build(tmp_path / "new", few, batch_size=batch_size)
     assert not (tmp_path / "new").exists()
-
-
-def test_a_single_pair(data, tmp_path):
-    cache = build(tmp_path, (data[0][:1], PairDataset(data[0][:1], 16)), batch_size=4)
-    assert [x.shape for x in cache.rows([0], [0])] == [(1, 8)] * 3
 
 
 def die(count):
