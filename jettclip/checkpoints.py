@@ -16,7 +16,6 @@ import torch
 from open_clip import load_openai_model
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .text import stretch_positions
@@ -62,65 +61,87 @@ def save_folder(model, folder):
     saved = {"model_cfg": clip, "preprocess_cfg": preprocess, "jettclip": ours}
     write_json(folder / CONFIG, saved)
     card = MODEL_CARD.format(model=model, config=config)
-    write_then_rename(folder / "README.md", lambda path: path.write_text(card))
+    write_then_rename(folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
+
+
+def local(path):
+    """A path that a user gives, absolute."""
+    return Path(path).expanduser().absolute()
 
 
 def is_run_folder(path):
     """Whether `path` is a folder of ours. A folder without both files is a FileNotFoundError."""
-    is_folder = isinstance(path, (str, Path)) and Path(path).is_dir()
+    is_folder = isinstance(path, (str, Path)) and local(path).is_dir()
     return is_folder and "jettclip" in folder_config(path)
 
 
 def folder_config(folder):
     """The open_clip_config.json of a model folder."""
-    missing = [name for name in (CONFIG, WEIGHTS) if not (Path(folder) / name).is_file()]
+    folder = local(folder)
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         names = " and no ".join(missing)
         raise FileNotFoundError(f"{folder} has no {names}: it is no (finished) model folder")
-    return json.loads((Path(folder) / CONFIG).read_text())
+    try:
+        return dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG} is damaged: {error}") from None
 
 
 def file_hash(folder):
-    """SHA-256 of a model folder's weights."""
+    """SHA-256 of a model folder: of its configuration and its weights."""
+    digest = hashlib.sha256(json.dumps(folder_config(folder), sort_keys=True).encode())
     with open(Path(folder) / WEIGHTS, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
 
 
 def read_state(source):
-    """The tensors {key: tensor} of a checkpoint. `source`: `pretrained` of `create_model`."""
+    """The tensors {key: tensor} of a checkpoint, and {"name", "config"} of its model, where it is
+    a model folder or a last.ckpt of ours (else None). `source`: `pretrained` of `create_model`."""
     if isinstance(source, dict):
         if source.keys() != {"image", "text"}:
             raise ValueError(f"pretrained has keys {[*source]}: a pair of files has image and text")
-        return {tower: read_state(file) for tower, file in source.items()}
-    if str(source).startswith("openai:"):
-        file = str(source).removeprefix("openai:")
-        return load_openai_model(file, precision="fp32", device="cpu").state_dict()
-    path = Path(source)
+        return {tower: read_state(file)[0] for tower, file in source.items()}, None
+    is_openai = str(source).startswith("openai:")
+    path, ours = local(str(source).removeprefix("openai:")), None
+    if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
+        path = path.parent
     if path.is_dir():
-        folder_config(path)
-        path = path / WEIGHTS
+        ours, path = folder_config(path).get("jettclip"), path / WEIGHTS
     if not path.is_file():
-        raise FileNotFoundError(f"pretrained {str(source)!r} is neither a file nor a folder here")
-    state = read_tensors(path)
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    tensors = list(state.values()) if isinstance(state, dict) else []
-    if not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        raise FileNotFoundError(f"pretrained {str(path)!r} is neither a file nor a folder here")
+    state = read_tensors(path, is_openai)
+    settings = state.get("settings") if isinstance(state, dict) else None
+    if isinstance(settings, dict):  # of last.ckpt
+        ours = {"name": settings.get("model"), "config": settings.get("model_config")}
+    for key in ("state_dict", "model"):
+        state = state.get(key, state) if isinstance(state, dict) else state
+    tensors = state.items() if isinstance(state, dict) else []
+    if not tensors or not all(isinstance(k, str) and torch.is_tensor(x) for k, x in tensors):
         raise ValueError(f"{path} holds no state dict: a mapping of names to tensors is needed")
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    # DistributedDataParallel and torch.compile put a word before the names of what they wrap
+    return {re.sub(r"(?<![^.])(module|_orig_mod)\.", "", key): x for key, x in tensors}, ours
 
 
-def read_tensors(path):
+def read_tensors(path, is_openai=False):
     try:
+        if is_openai:
+            return load_openai_model(str(path), precision="fp32", device="cpu").state_dict()
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        problem = "refused, as it holds more than tensors, and nothing of it was run: "
-        problem += "ask its author for a state dict or safetensors"
-    except (SafetensorError, EOFError, OSError, RuntimeError) as error:
-        problem = f"no whole checkpoint ({error!r:.100}): fetch it again"
+    except Exception as error:  # a damaged file may raise any
+        with open(path, "rb") as file:
+            start = file.read(32)
         if "TorchScript" in str(error):
             problem = f"a TorchScript archive: if it is OpenAI's, write pretrained='openai:{path}'"
+        elif isinstance(error, pickle.UnpicklingError) and start[:1] in (b"P", b"\x80"):
+            problem = "refused, as it holds more than tensors, and nothing of it was run: "
+            problem += "ask its author for a state dict or safetensors"
+        else:
+            reason = repr(error)[:100]
+            problem = f"no whole checkpoint (it begins {start!r}; {reason}): fetch it again"
     raise ValueError(f"{path} is {problem}")
 
 
@@ -141,8 +162,8 @@ def longclip_sizes(state):
             "vision_cfg": {**vision, "layers": layers["visual.transformer."]},
             "text_cfg": {**text, "layers": layers["transformer."]},
         }
-    except KeyError as error:
-        raise ValueError(f"this is no Long-CLIP checkpoint: it has no {error}") from None
+    except (KeyError, IndexError, ValueError) as error:  # of a name or a shape
+        raise ValueError(f"this is no Long-CLIP checkpoint: {error!r}") from None
 
 
 def is_apple_vit(state):
@@ -197,8 +218,12 @@ def finish_hybrid(state):
 
 def fill(model, state, source, stretch="longclip"):
     """Load a checkpoint's `state` into `model`; positions are stretched to the model's context.
-    A key that is missing, left over or of another shape is a ValueError that names it."""
-    state, wanted = to_our_keys(state, model), model.state_dict()
+    A key that is missing, left over, of another shape or not finite: a ValueError names it."""
+    tower = f"{model.name} (text tower {model.config['text_tower']})"
+    try:
+        state, wanted = to_our_keys(state, model), model.state_dict()
+    except KeyError as error:
+        raise ValueError(f"{source} does not fit {tower}: it lacks {error}") from None
     table = state.get("text.positional_embedding")
     if table is not None and len(table) < model.context_length:
         table = stretch_positions(table.float(), model.context_length, mode=stretch)
@@ -207,11 +232,18 @@ def fill(model, state, source, stretch="longclip"):
     shapes = [f"{k} {tuple(state[k].shape)}, here {tuple(wanted[k].shape)}" for k in misfit]
     missing, extra = wanted.keys() - state.keys(), state.keys() - wanted.keys()
     problems = {"it lacks": missing, "it has, left over,": extra, "of another shape is": shapes}
+    floating = [key for key in wanted.keys() & state.keys() if wanted[key].is_floating_point()]
+    problems["not of finite numbers is"] = [k for k in floating if not is_finite(state[k])]
     if any(problems.values()):
         lists = [f"{what} {first_five(keys)}" for what, keys in problems.items() if keys]
-        tower = f"{model.name} (text tower {model.config['text_tower']})"
         raise ValueError(f"{source} does not fit {tower}: {'; '.join(lists)}")
     model.load_state_dict(state)
+
+
+def is_finite(tensor):
+    """Whether a tensor holds finite floating-point numbers, all of them written out."""
+    dense = tensor.layout is torch.strided and not tensor.is_meta
+    return dense and tensor.is_floating_point() and bool(tensor.float().isfinite().all())
 
 
 def first_five(keys):

@@ -4,6 +4,7 @@ The mean of their gradients is then that of one process with the whole batch.
 """
 
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -99,10 +100,11 @@ def torchrun(module, job, processes):
         address = f"{socket.gethostname()}:{20000 + int(number) % 10000}"
         meet = f"--rdzv-backend c10d --rdzv-id {number} --rdzv-endpoint {address}"
     options = f"--nnodes {nodes} --nproc-per-node {processes // nodes} {meet} -m {module}"
-    options = ["-m", "torch.distributed.run", *options.split(), job]
-    command = [*launch.split(), sys.executable, *options]
+    # This file starts torchrun: code between fork and exec may hang where threads have run.
+    command = [*launch.split(), sys.executable, "-P", __file__, *options.split(), job]
     tail, pipes = deque(maxlen=100), {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(command, text=True, preexec_fn=end_with_parent, **pipes) as workers:
+    pipes |= {"encoding": "utf-8", "errors": "replace"}
+    with subprocess.Popen(command, **pipes) as workers:
         for line in workers.stdout:
             print(line, end="", flush=True)
             tail.append(line)
@@ -114,4 +116,9 @@ def command_line(description, run):
     """Run the job file that the command line names, alone or as a process of torchrun."""
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(description)
-    in_processes(run, json.loads(Path(sys.argv[1]).read_text()))
+    in_processes(run, json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    importlib.import_module("torch.distributed.run").main()

@@ -21,14 +21,16 @@ from .checkpoints import file_hash
 from .data import dataset_for, draw_crops, fingerprint, in_order, loader
 from .distributed import command_line, is_first, rank, torchrun, wait_for_all, world_size
 from .models import load_folder
+from .runs import code_hash
 from .utils import progress, write_json, write_then_rename
 
 FILES = ("image", "long", "short", "crops")
-REBUILD = "delete the folder to rebuild it"
+CODE = ("inputs", "data", "text", "models", "features")  # modules that decide the features
+REBUILD = "notebook 01 builds it again"
 
 
 class Stale(ValueError):
-    """A feature cache is of another teacher, data or crops: notebook 01 builds it again."""
+    """A feature cache is damaged, or of another teacher, data or crops: `build` replaces it."""
 
 
 class FeatureCache:
@@ -36,41 +38,42 @@ class FeatureCache:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        self.manifest = json.loads((self.folder / "manifest.json").read_text())
-        self.image, self.long, self.short, self.crops = files = [self._file(name) for name in FILES]
+        self.manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+        # not "r": PyTorch warns of read-only arrays
+        files = [np.load(self.folder / f"{name}.npy", mmap_mode="c") for name in FILES]
+        self.image, self.long, self.short, self.crops = files
         # (N K, d), (N, d), (N, d): PyTorch gathers rows with all threads
         self.flat = [torch.from_numpy(file).flatten(0, -2) for file in files[:3]]
 
-    def _file(self, name):
-        path = self.folder / f"{name}.npy"
-        try:
-            return np.load(path, mmap_mode="c")  # not "r": PyTorch warns of read-only arrays
-        except (OSError, ValueError):
-            raise ValueError(f"{path} is missing or cut short: {REBUILD}") from None
-
     def verify(self):
-        """Compare every file with the manifest's SHA-256; a ValueError names those that differ."""
-        sums = self.manifest["sha256"]
-        if differs := [name for name in sums if _sha256(self.folder / f"{name}.npy") != sums[name]]:
-            problem = f"the files {', '.join(differs)} of {self.folder} are not what was written"
-            raise ValueError(f"{problem}: {REBUILD}")
+        """Compare every file with the manifest's SHA-256; Stale names those that differ."""
+        _compare(self.folder, self.manifest, "sha256")
 
     @classmethod
     def build(cls, folder, teacher, teacher_hash, table, dataset, batch_size=128, report=print):
         """Fill `folder` with the features of `teacher` over `dataset` and its crops, and open it.
 
-        Resumes a killed run, with the same bytes. Processes of one torchrun share the batches.
+        Resumes a killed run, with the same bytes. Processes of one torchrun share the batches. A
+        cache that is damaged or of other inputs is replaced.
         """
         folder, (n, k, _), width = Path(folder), dataset.crops.shape, teacher.config["embed_dim"]
-        source = {"teacher": teacher_hash, "data": fingerprint(table)}
+        if not (0 < n == len(table) and k > 0 and batch_size > 0):
+            asked = f"{len(table)} pairs, {k} crops of {n} rows, batches of {batch_size}"
+            raise ValueError(f"no features to store: {asked}; each must be at least 1")
+        source = {"teacher": teacher_hash, "data": fingerprint(table), "code": code_hash(*CODE)}
         source["crops"] = hashlib.sha256(dataset.crops.tobytes()).hexdigest()
         source |= {"rows": n, "augmentations": k, "width": width, "dtype": "float16"}
-        if (folder / "manifest.json").exists():
+        source |= {x: getattr(dataset, x) for x in ("image_size", "context_length", "preprocess")}
+        if is_first() and (folder / "manifest.json").exists():
             try:
-                return cls.open(folder, **source)
+                cls.open(folder, **source).verify()
             except Stale as error:
                 report(f"{error}: building it again")
-                (folder / "manifest.json").unlink()
+                for name in ("progress.json", "manifest.json"):  # what is damaged is not done
+                    (folder / name).unlink(missing_ok=True)
+        wait_for_all()  # the first process has decided for all
+        if (folder / "manifest.json").exists():
+            return cls(folder)
         manifest = {**source, "batch_size": batch_size}
         batches = [batch for view in range(k) for batch in in_order(n, batch_size, view)]
         rows = np.argsort(table.long.str.len().to_numpy(), kind="stable")  # by length: less padding
@@ -83,7 +86,8 @@ class FeatureCache:
         wait_for_all()
         if is_first():
             write_then_rename(folder / "crops.npy", lambda path: np.save(path, dataset.crops))
-            manifest["sha256"] = {name: _sha256(folder / f"{name}.npy") for name in FILES}
+            for key in ("sha256", "sampled"):
+                manifest[key] = {name: _digest(folder / f"{name}.npy", key) for name in FILES}
             write_json(folder / "manifest.json", {**manifest, "torch": torch.__version__})
             for name in ("done.npy", "progress.json"):
                 (folder / name).unlink()
@@ -92,40 +96,73 @@ class FeatureCache:
 
     @classmethod
     def open(cls, folder, **source):
-        """Open a finished cache whose manifest has the values of `source` (rows=, data=, ...)."""
-        if not (Path(folder) / "manifest.json").exists():
+        """Open a finished cache whose manifest has the values of `source` (rows=, data=, ...).
+
+        Compares the length and a sample of each file with the manifest: milliseconds at any size.
+        """
+        path = Path(folder) / "manifest.json"
+        if not path.exists():
             raise FileNotFoundError(f"{folder} holds no finished feature cache: run notebook 01")
-        cache = cls(folder)
-        cached = {key: cache.manifest.get(key) for key in source}
+        try:
+            manifest = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise Stale(f"{path} is damaged: {REBUILD}") from None
+        cached = {key: manifest.get(key) for key in source}
         if differs := [key for key in source if cached[key] != source[key]]:
             values = [f"{key} (cached {cached[key]!r}, asked {source[key]!r})" for key in differs]
             raise Stale(f"the feature cache {folder} is of other inputs: {'; '.join(values)}")
-        return cache
+        _compare(Path(folder), manifest, "sampled")
+        return cls(folder)
 
     def rows(self, index, k):
         """Normalised image, long, short features (B, d) of rows `index` (B,) in crops `k` (B,)."""
-        index, k = torch.as_tensor(index), torch.as_tensor(k)
-        places = index * self.image.shape[1] + k, index, index
+        index, k = (torch.as_tensor(x, dtype=torch.long) for x in (index, k))
+        n, crops, _ = self.image.shape
+        if index.shape != k.shape:
+            raise ValueError(f"{index.numel()} rows and {k.numel()} crops: give one crop a row")
+        for what, x, size in (("row", index, n), ("crop", k, crops)):
+            if outside := x[(x < 0) | (x >= size)].tolist():
+                raise IndexError(f"{self.folder} has {what}s 0 to {size - 1}, not {outside[:5]}")
+        places = index * crops + k, index, index
         return tuple(x.index_select(0, i).float() for x, i in zip(self.flat, places, strict=True))
 
 
-def _sha256(path):
-    return hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest()
+def _digest(path, key):
+    """SHA-256 of a file, or for "sampled" of its length and of 64 blocks of it, spread evenly."""
+    with open(path, "rb") as file:
+        if key == "sha256":
+            return hashlib.file_digest(file, key).hexdigest()
+        size = file.seek(0, os.SEEK_END)
+        digest = hashlib.sha256(str(size).encode())
+        for place in np.linspace(0, max(0, size - 4096), 64).astype(int):
+            file.seek(place)
+            digest.update(file.read(4096))
+    return digest.hexdigest()
+
+
+def _compare(folder, manifest, key):
+    paths, sums = {name: folder / f"{name}.npy" for name in FILES}, manifest.get(key, {})
+    same = {x: path.exists() and _digest(path, key) == sums.get(x) for x, path in paths.items()}
+    if differs := ", ".join(name for name in FILES if not same[name]):
+        raise Stale(f"the files {differs} of {folder} are not what was written: {REBUILD}")
 
 
 def _prepare(folder, manifest, shapes):
     """Create the files of a cache, unless a killed run of the same left them."""
     folder.mkdir(parents=True, exist_ok=True)
     started, paths = folder / "progress.json", [folder / f"{name}.npy" for name in shapes]
-    if all(map(Path.exists, (started, *paths))) and json.loads(started.read_text()) == manifest:
+    left = started.exists() and json.loads(started.read_text(encoding="utf-8"))
+    if left == manifest and all(map(Path.exists, paths)):
         return
     started.unlink(missing_ok=True)
     try:
         for path, shape in zip(paths, shapes.values(), strict=True):
+            path.unlink(missing_ok=True)  # not cut: a student may still read the cache before
             array = np.lib.format.open_memmap(path, "w+", np.float16, shape)
-            if hasattr(os, "posix_fallocate"):  # a full disk shows here, not as a crash in writing
-                with open(path, "r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
+            with open(path, "r+b") as file:  # a full disk shows here, not as a crash in writing
+                file.seek(array.offset)
+                for start in range(0, array.nbytes, 1 << 20):
+                    file.write(bytes(min(1 << 20, array.nbytes - start)))
     except OSError as error:
         for path in paths:
             path.unlink(missing_ok=True)
@@ -183,7 +220,7 @@ def start(job, processes=1):
     """Build the cache of file `job` here, or in `processes` processes of torchrun."""
     if processes > 1:
         return torchrun("jettclip.features", job, processes)
-    return run(json.loads(Path(job).read_text()))
+    return run(json.loads(Path(job).read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

@@ -213,27 +213,28 @@ class CLIP(nn.Module):
 def create_model(name, pretrained=None, device="cpu", text_tower=None, stretch="longclip", **sizes):
     """Build model `name` with random weights, or with those of `pretrained` in evaluation mode.
 
-    pretrained: a run folder or a file that the originals publish: Long-CLIP's and Apple's .pt,
-    open_clip's safetensors, "openai:ViT-B-16.pt" (OpenAI's TorchScript archives), or
-    {"image": file, "text": file}. A run folder with another name or other sizes is a ValueError.
+    pretrained: a run's student/ or last.ckpt, or a file that the originals publish: Long-CLIP's and
+    Apple's .pt, open_clip's safetensors, "openai:ViT-B-16.pt" (OpenAI's TorchScript archives), or
+    {"image": file, "text": file}. A run of another name or of other sizes is a ValueError.
     text_tower: one of TEXT_TOWERS. stretch: see `stretch_positions`. sizes: see `model_config`.
     """
-    if checkpoints.is_run_folder(pretrained):
-        model = load_folder(pretrained)
-        asked = {"text_tower": text_tower, **sizes}
+    state, ours = (None, None) if pretrained is None else checkpoints.read_state(pretrained)
+    if ours:
+        model, asked = _ours(state, ours, pretrained), {"text_tower": text_tower, **sizes}
         free = all(value is None for value in asked.values())
         config = model.config if free else model_config(name, text_tower, **sizes)
         if (model.name, model.config) != (name, config):
             held = f"{pretrained} holds {model.name} with {model.config}"
             raise ValueError(f"{held}: ask for that, not for {name} with {asked}")
         return model.to(device)
-    state = None if pretrained is None else checkpoints.read_state(pretrained)
     if name == "LongCLIP":
         config = {**MODELS["LongCLIP-B"], **checkpoints.longclip_sizes(state)}
     else:
         config = model_config(name, text_tower, **sizes)
-    if state is not None and checkpoints.is_apple_vit(state):
-        config["vision_cfg"]["timm_model_name"] = "vit_base_mci_apple"
+    vision = config["vision_cfg"]
+    is_vit = vision.get("timm_model_name") == "vit_base_mci_224"
+    if is_vit and state is not None and checkpoints.is_apple_vit(state):
+        vision["timm_model_name"] = "vit_base_mci_apple"
     model = CLIP(config, name)
     if state is not None:
         checkpoints.fill(model, state, pretrained, stretch)
@@ -243,8 +244,18 @@ def create_model(name, pretrained=None, device="cpu", text_tower=None, stretch="
 
 def load_folder(folder):
     """The model of a folder that `checkpoints.save_folder` wrote, in evaluation mode."""
-    model = CLIP(**checkpoints.folder_config(folder)["jettclip"])
-    checkpoints.fill(model, checkpoints.read_state(folder), folder)
+    state, ours = checkpoints.read_state(folder)
+    if not ours:
+        raise ValueError(f"{folder} is no model folder of JettCLIP: create_model(NAME, FOLDER)")
+    return _ours(state, ours, folder)
+
+
+def _ours(state, ours, source):
+    try:
+        model = CLIP(**ours)
+    except Exception as error:  # whatever the towers raise
+        raise ValueError(f"the configuration in {source} describes no model: {error!r}") from None
+    checkpoints.fill(model, state, source)
     return model.eval()
 
 

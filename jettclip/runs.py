@@ -55,12 +55,14 @@ def weights_hash(model):
     return digest.hexdigest()
 
 
-def code_hash():
-    """SHA-256 of the modules that training imports, as Python reads them: comments do not count."""
+def code_hash(*modules):
+    """SHA-256 of `modules`, or of all that training imports, as Python reads them: comments do not
+    count."""
     folder, unused = Path(__file__).parent, ("deploy", "search.py", "analysis.py")
     paths = [
         p for p in sorted(folder.rglob("*.py")) if p.relative_to(folder).parts[0] not in unused
     ]
+    paths = [path for path in paths if not modules or path.stem in modules]
     code = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in paths]
     return hashlib.sha256("".join(code).encode()).hexdigest()
 

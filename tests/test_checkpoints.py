@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 import jettclip
-from jettclip import evaluate
+from jettclip import evaluate, train
 from jettclip.checkpoints import CONFIG, WEIGHTS, file_hash, save_folder
 from jettclip.datasets.scenes import make_pairs
 from jettclip.models import load_folder, model_config, transforms
@@ -191,17 +191,112 @@ def test_a_pickle_is_never_executed(tmp_path, monkeypatch):
         ("a.pt", [1, 2], "holds no state dict"),
         ("a.pt", {}, "holds no state dict"),
         ("a.pt", {"step": 3}, "holds no state dict"),
-        ("a.pt", {"x": torch.ones(1)}, "no Long-CLIP checkpoint: it has no 'visual.conv1.weight'"),
+        ("a.pt", {"x": torch.ones(1)}, "no Long-CLIP checkpoint: KeyError.'visual.conv1.weight'"),
+        ("a.pt", {"visual.conv1.weight": torch.ones(2, 3)}, "no Long-CLIP checkpoint: ValueError"),
+        ("a.pt", {1: torch.ones(1)}, "holds no state dict"),
+        (
+            "a.pt",
+            b"<html>404</html>",
+            "no whole checkpoint .it begins b'<html>404</html>'; .*again",
+        ),
+        ("a.pt", b"version https://git-lfs", "it begins b'version https://git-lfs'; "),
+        ("a.pt", b"\x00" * 1000, "no whole checkpoint"),
+        ("a.pt", io.BytesIO(), "refused, as it holds more than tensors"),  # of a known class
+        ("openai:a.pt", b"garbage", "a.pt is no whole checkpoint"),
+        ("openai:a.pt", None, "a.pt' is neither a file nor a folder here"),
     ],
 )
 def test_files_that_are_no_checkpoint(name, content, problem, tmp_path, tiny_file):
     content = tiny_file.read_bytes()[:100_000] if content == "half" else content
+    *kind, file = name.rpartition(":")
     if isinstance(content, bytes):
-        (tmp_path / name).write_bytes(content)
+        (tmp_path / file).write_bytes(content)
     elif content is not None:
-        torch.save(content, tmp_path / name)
+        torch.save(content, tmp_path / file)
     with pytest.raises((ValueError, FileNotFoundError), match=problem):
-        jettclip.create_model("LongCLIP", tmp_path / name)
+        jettclip.create_model("LongCLIP", "".join(kind) + str(tmp_path / file))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        float("nan"),
+        float("-inf"),
+        1,
+        1j,
+        torch.empty(16, device="meta"),
+        torch.ones(16).to_sparse(),
+    ],
+)
+def test_weights_that_are_no_finite_numbers_are_named(value, tmp_path):
+    state, key = tiny_model().state_dict(), "text.ln_final.bias"
+    state[key] = value if torch.is_tensor(value) else torch.full((16,), value)
+    torch.save(state, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match=f"odd.pt does not fit .* not of finite numbers is {key}$"):
+        jettclip.create_model("JettCLIP-T", tmp_path / "odd.pt", **TINY)
+
+
+@pytest.mark.parametrize("file", ["a.pt", "wrapped.pt", "a.safetensors", WEIGHTS])
+def test_words_before_the_names_are_left_out(file, tmp_path):
+    """DistributedDataParallel and torch.compile put them there, also before those of a tower."""
+    model = tiny_model()
+    save_folder(model, tmp_path)  # WEIGHTS is of it
+    for change in (
+        lambda key: f"module.{key}",
+        lambda key: f"_orig_mod.{key}",
+        lambda key: f"module._orig_mod.{key}",
+        lambda key: key.replace("visual.", "visual._orig_mod.").replace("text.", "text.module."),
+    ):
+        state = {change(key): value.clone() for key, value in model.state_dict().items()}
+        if file.endswith(".pt"):
+            torch.save({"state_dict": state} if "wrapped" in file else state, tmp_path / file)
+        else:
+            save_file(state, tmp_path / file)
+        loaded = jettclip.create_model("JettCLIP-T", tmp_path / file, **TINY).state_dict()
+        assert all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
+
+
+def test_a_checkpoint_of_ours_is_what_it_says(dataset, tmp_path, monkeypatch):
+    """As a folder, as its weights and as last.ckpt, from a folder where the user stands."""
+    trained = train.fit(tiny_model(), train.Config(steps=1, batch_size=8), dataset, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for source in ("student", f"student/{WEIGHTS}", "last.ckpt", "~/last.ckpt"):
+        model = jettclip.create_model("JettCLIP-T", source)
+        assert model.config == trained.config and not model.training
+        state = model.state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in trained.state_dict().items())
+        for asked in ({"text_tower": "stretched", **TINY}, {"image_size": 64}):  # the same keys
+            with pytest.raises(ValueError, match=f"{source} holds JettCLIP-T with"):
+                jettclip.create_model("JettCLIP-T", source, **asked)
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/none.pt' is neither"):
+        jettclip.create_model("JettCLIP-T", "none.pt")
+
+
+@pytest.mark.parametrize(
+    "config, problem",
+    [
+        ("{", f"{CONFIG} is damaged"),
+        ("[1]", f"{CONFIG} is damaged"),
+        ("{}", "is no model folder of JettCLIP: create_model.NAME, FOLDER"),
+        ('{"jettclip": {"name": "x"}}', "describes no model: TypeError"),
+        ('{"jettclip": {"name": "x", "config": {"vision_cfg": {}}}}', "no model: KeyError"),
+    ],
+)
+def test_a_damaged_configuration(config, problem, tmp_path):
+    save_folder(tiny_model(), tmp_path)
+    (tmp_path / CONFIG).write_text(config)
+    with pytest.raises(ValueError, match=problem):
+        load_folder(tmp_path)
+
+
+def test_the_configuration_is_part_of_a_folders_hash(tmp_path):
+    """The same weights read other pixels."""
+    save_folder(model := tiny_model(), tmp_path)
+    before = file_hash(tmp_path)
+    model.config = {**model.config, "preprocess": {**model.config["preprocess"], "mean": [0.5] * 3}}
+    save_folder(model, tmp_path)
+    assert file_hash(tmp_path) != before
 
 
 def test_keys_that_do_not_fit_are_named(tmp_path, tiny_file):
@@ -213,6 +308,9 @@ def test_keys_that_do_not_fit_are_named(tmp_path, tiny_file):
     )
     with pytest.raises(ValueError, match=f"LongCLIP .*{problem} .2, 2., here .128, 48"):
         jettclip.create_model("LongCLIP", tmp_path / "odd.pt")
+    torch.save({"image_encoder.model.patch_emb.0.block.conv.weight": torch.ones(1)}, tmp_path / "a")
+    with pytest.raises(ValueError, match="a does not fit JettCLIP-T .*: it lacks 'logit_scale'"):
+        jettclip.create_model("JettCLIP-T", tmp_path / "a")
     problem = "JettCLIP-T .*it lacks .* and [0-9]+ more; it has, left over, .* and [0-9]+ more"
     with pytest.raises(ValueError, match=problem):
         jettclip.create_model("JettCLIP-T", tiny_file)

@@ -5,21 +5,21 @@ import re
 import resource
 import shutil
 import signal
-import socket
-from functools import partial
-from multiprocessing import get_context
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_model
+from training import fork, run_group
 
+from jettclip import features
 from jettclip.checkpoints import file_hash, save_folder
 from jettclip.data import PairDataset, draw_crops
 from jettclip.datasets.scenes import make_pairs
 from jettclip.distributed import in_processes
 from jettclip.features import FeatureCache, Stale, fingerprint, start
+from jettclip.models import PLAIN
 from jettclip.utils import write_json
 
 FILES = ("image.npy", "long.npy", "short.npy", "crops.npy", "manifest.json")
@@ -45,12 +45,14 @@ class StubTeacher(torch.nn.Module):
         return F.normalize(self.text_map[tokens].sum(dim=1), dim=1)
 
 
-@pytest.fixture(scope="module")
-def data():
+def make_data():
     """23 pairs with two crops each."""
     table = make_pairs(23, seed=7, size=32)
     crops = draw_crops(23, 2, seed=0, smallest=0.4, flip=True)
     return table, PairDataset(table, 16, crops=crops)
+
+
+data = pytest.fixture(scope="module", name="data")(make_data)
 
 
 def build(folder, data, teacher=None, teacher_hash="t", batch_size=1, report=print):
@@ -89,27 +91,35 @@ def test_a_job_stores_the_teachers_features(table, tmp_path):
     with torch.inference_mode():
         texts = [teacher.encode_text(side[rows], True) for side in (dataset.long, dataset.short)]
         direct = [teacher.encode_image(images, True), *texts]
-    for stored, features in zip(cache.rows(rows, ks), direct, strict=True):
-        assert stored.dtype == torch.float32 and torch.allclose(stored, features, atol=1e-3)
+    for stored, expected in zip(cache.rows(rows, ks), direct, strict=True):
+        assert stored.dtype == torch.float32 and torch.allclose(stored, expected, atol=1e-3)
         assert torch.allclose(stored.norm(dim=1), torch.ones(4), atol=1e-3)
 
 
-def test_a_finished_cache_is_opened_or_built_again(finished, data, tmp_path):
+def test_a_finished_cache_is_opened_or_built_again(finished, data, tmp_path, monkeypatch):
     teacher, (table, dataset) = StubTeacher(), data
     assert build(finished, data, teacher).manifest["rows"] == 23 and teacher.calls == 0
-    longer = table.assign(long=table.long + " More.")
+    longer, scaled = table.assign(long=table.long + " More."), {**PLAIN, "mean": [0.5] * 3}
     for asked, teacher_hash, problem in [
         ((table[::-1], dataset), "t", "data "),
         ((longer, dataset), "t", "data "),
         ((table, PairDataset(table, 16, crops=1 - dataset.crops)), "t", "crops "),
         ((table[:9], PairDataset(table[:9], 16)), "t", "data .*; rows .cached 23, asked 9"),
+        ((table, PairDataset(table, 16, 77, dataset.crops)), "t", "context_length .cached 248"),
+        ((table, PairDataset(table, 16, 248, dataset.crops, False, scaled)), "t", "preprocess "),
         (data, "u", r"teacher \(cached 't', asked 'u'\)"),
     ]:
         folder, lines = shutil.copytree(finished, tmp_path / "cache", dirs_exist_ok=True), []
+        reader = FeatureCache.open(folder)  # of a student that trains meanwhile
+        before = reader.image.copy()
         cache = build(folder, asked, teacher_hash=teacher_hash, report=lines.append)
         assert re.search(f"of other inputs: {problem}.*building it again", lines[0]), lines
         assert cache.manifest["rows"] == len(asked[0]) and cache.manifest["teacher"] == teacher_hash
         cache.verify()
+        assert np.array_equal(reader.image, before)
+    monkeypatch.setattr(features, "code_hash", lambda *modules: "edited")
+    build(folder, data, report=lines.append)
+    assert "asked 'edited'): building it again" in lines[-1]
     with pytest.raises(Stale, match="of other inputs: teacher"):
         FeatureCache.open(finished, teacher="u")
     with pytest.raises(FileNotFoundError, match="no finished feature cache: run notebook 01"):
@@ -126,39 +136,92 @@ def test_broken_features_are_refused(value, data, tmp_path):
         assert not (tmp_path / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("name", ["image", "long", "crops"])
-def test_damaged_files_are_refused(name, finished, tmp_path):
+@pytest.mark.parametrize("name, place", [("image", 0), ("long", 200), ("crops", -1)])
+def test_damaged_files_are_refused_and_built_again(name, place, finished, data, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "cache")
-    file = folder / f"{name}.npy"
-    FeatureCache.open(folder).verify()
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(ValueError, match=f"the files {name} of .* are not what was written: "):
-        FeatureCache.open(folder).verify()
-    for damage in (lambda: file.write_bytes(whole[:-1]), file.unlink):
-        damage()
-        with pytest.raises(ValueError, match=f"{name}.npy is missing or cut short: delete the"):
+    file, lines = folder / f"{name}.npy", []
+    whole = bytearray(file.read_bytes())
+    flipped = whole.copy()
+    flipped[place] ^= 1
+    for damaged in (flipped, whole[:-1], b"", None):
+        file.unlink() if damaged is None else file.write_bytes(damaged)
+        with pytest.raises(Stale, match=f"the files {name} of .* not what was written: notebook"):
+            FeatureCache.open(folder)
+    (folder / "progress.json").write_text("{}")  # killed before it was removed: of no use
+    build(folder, data, report=lines.append)
+    assert "building it again" in lines[0] and contents(folder) == contents(finished)
+    for damaged, problem in (
+        (b"", "manifest.json is damaged: notebook"),
+        (b"[1]", "manifest.json is damaged"),
+        (b"\xff", "manifest.json is damaged"),
+        (b"{}", "image, long, short, crops of .* are not what was written"),
+    ):
+        (folder / "manifest.json").write_bytes(damaged)
+        with pytest.raises(Stale, match=problem):
             FeatureCache.open(folder)
 
 
-def exit_codes(*functions):
-    """Run functions side by side, in copies of this process."""
-    processes = [get_context("fork").Process(target=function) for function in functions]
-    for step in ("start", "join"):
-        for process in processes:
-            getattr(process, step)()
-    return [process.exitcode for process in processes]
+def test_opening_reads_a_sample_and_verifying_reads_all(tmp_path):
+    """Of 4 MB in 64 blocks of 4 KiB: the first and the last byte, not the one after a block."""
+
+    def digests(place=None):
+        content = bytearray(4 << 20)
+        if place is not None:
+            content[place] = 1
+        (tmp_path / "x").write_bytes(content)
+        return [features._digest(tmp_path / "x", key) for key in ("sampled", "sha256")]
+
+    whole = digests()
+    for place, sampled in ((0, True), (4096, False), (-1, True)):
+        assert [x != y for x, y in zip(digests(place), whole, strict=True)] == [sampled, True]
 
 
-def interrupt(folder, data):
-    """Start a build that is killed in its 31st image batch, after 20 are done."""
+def test_rows_outside_are_refused(finished):
+    """Crop 2 of row 0, where 2 are stored, is not crop 0 of row 1."""
+    cache = FeatureCache.open(finished)
+    for index, k, problem in (
+        ([0], [2], "has crops 0 to 1, not .2."),
+        ([1], [-1], "has crops 0 to 1, not .-1."),
+        ([5, 23], [0, 0], "has rows 0 to 22, not .23."),
+        ([-1], [0], "has rows 0 to 22, not .-1."),
+    ):
+        with pytest.raises(IndexError, match=problem):
+            cache.rows(index, k)
+    with pytest.raises(ValueError, match="1 rows and 2 crops: give one crop a row"):
+        cache.rows([0], [0, 1])
+    assert [x.shape for x in cache.rows([], [])] == [(0, 8)] * 3
+    assert cache.rows([22], [1])[0].equal(torch.from_numpy(cache.image[22:, 1]).float())
 
-    def stop(count):
-        if count == 31:
-            os.kill(os.getpid(), signal.SIGKILL)
 
-    assert exit_codes(lambda: build(folder, data, StubTeacher(stop))) == [-signal.SIGKILL]
-    assert not (folder / "manifest.json").exists()
+@pytest.mark.parametrize("rows, n, batch_size", [(0, 0, 1), (3, 4, 1), (3, 3, 0), (1, 1, 4)])
+def test_few_pairs_and_none(rows, n, batch_size, data, tmp_path):
+    few = data[0][:rows], PairDataset(data[0][:n], 16)
+    if batch_size == 4:
+        cache = build(tmp_path / "new", few, batch_size=4)
+        assert [x.shape for x in cache.rows([0], [0])] == [(1, 8)] * 3
+        return
+    with pytest.raises(ValueError, match=f"no features to store: {rows} pairs, 1 crops of {n} row"):
+        build(tmp_path / "new", few, batch_size=batch_size)
+    assert not (tmp_path / "new").exists()
+
+
+def die(count):
+    if count == 31:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def build_and_die(folder):
+    build(folder, make_data(), StubTeacher(die))
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """The folder of a build that is killed in its 31st image batch, after 20 are done."""
+    folder = tmp_path_factory.mktemp("interrupted") / "cache"
+    process = fork(build_and_die, folder)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not (folder / "manifest.json").exists()
+    return folder
 
 
 # Image batches 21 to 46 are missing; without one of its files the list of done batches is not used,
@@ -168,8 +231,8 @@ RESUMED += [("nothing", {"batch_size": 2}, 24), ("nothing", {"teacher_hash": "u"
 
 
 @pytest.mark.parametrize("lost, change, calls", RESUMED)
-def test_a_killed_build_resumes(lost, change, calls, finished, data, tmp_path):
-    interrupt(tmp_path, data)
+def test_a_killed_build_resumes(lost, change, calls, interrupted, finished, data, tmp_path):
+    shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
     (tmp_path / lost).unlink(missing_ok=True)
     teacher = StubTeacher()
     build(tmp_path, data, teacher, **change)
@@ -178,27 +241,23 @@ def test_a_killed_build_resumes(lost, change, calls, finished, data, tmp_path):
         assert np.allclose(np.load(tmp_path / name), np.load(finished / name), atol=1e-3)
 
 
-def test_processes_share_the_work(finished, data, tmp_path):
-    interrupt(tmp_path, data)  # one process begins, two resume
-
-    def run(job, report=print):
+def build_share(folder, report):
+    """What a process of the group does."""
+    for calls in (13, 0):  # and then opens what there is
         teacher = StubTeacher()
-        build(tmp_path, data, teacher, report=report)
-        assert teacher.calls == 13
+        build(folder, make_data(), teacher, report=report)
+        assert teacher.calls == calls
 
-    def process(rank):
-        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        os.environ.update(RANK=rank, **group)
-        in_processes(run, None)
 
-    with socket.create_server(("localhost", 0)) as server:
-        port = str(server.getsockname()[1])
-    assert exit_codes(partial(process, "0"), partial(process, "1")) == [0, 0]
+def test_processes_share_the_work(interrupted, finished, tmp_path):
+    shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)  # one process began, two resume
+    run_group(2, in_processes, build_share, tmp_path)
     assert contents(tmp_path) == contents(finished)
 
 
-def test_full_disk(finished, data, tmp_path):
-    """Every file stops at 700 bytes, as on a full disk."""
+def test_full_disk(finished, data, tmp_path, monkeypatch):
+    """Every file stops at 700 bytes, as on a full disk. macOS has no posix_fallocate."""
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (700, limit[1]))
     try:
