@@ -119,11 +119,6 @@ def clean_pairs(table, context_length=248):
 
 def fingerprint(table):
     """SHA-256 of a pairs table: what is in its images, wherever they lie, captions and order."""
-
-    def digest(image):
-        data = image if isinstance(image, bytes) else Path(image).read_bytes()
-        return hashlib.blake2b(data, digest_size=16).hexdigest()
-
     images = table.digest if "digest" in table else map(digest, table.image)
     hashed = hashlib.sha256()
     for row in zip(images, table.long, table.short, strict=True):

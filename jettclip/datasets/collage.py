@@ -4,13 +4,13 @@ Each (seed, index) draws another picture, so a few thousand photographs never ru
 begins with a one-sentence summary, which is the short caption, as in ShareGPT4V.
 """
 
-import io
 from collections import namedtuple
 
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
+from ..inputs import read_photo
 from ..text import tokenizer
 from .published import SPLITS, encoded, sentence
 from .scenes import ATTRIBUTES
@@ -64,8 +64,8 @@ def _picture(photos, plan, size):
         y, x = divmod(cell, columns)
         left, right = x * size // columns, (x + 1) * size // columns
         top, bottom = y * size // rows, (y + 1) * size // rows
-        photo = Image.open(io.BytesIO(photos[photo])).convert("RGB")
-        photo = ImageOps.fit(photo, (right - left, bottom - top), Image.Resampling.BILINEAR)
+        box = right - left, bottom - top
+        photo = ImageOps.fit(read_photo(photos[photo]), box, Image.Resampling.BILINEAR)
         picture.paste(photo, (left, top))
     return picture
 
