@@ -126,7 +126,8 @@ def contact_sheet(images, titles, columns=4, width=6.3):
 def failures(queries, wanted, found):
     """A row for each query: caption, wanted image, the three that the model ranks first -> figure.
 
-    queries: captions, cut to nine lines; wanted: images (uint8 (3, H, W)); found: threes of them.
+    queries: captions, cut to nine lines; wanted: images (uint8 (3, H, W)); found: threes of them,
+    or fewer if there are no more.
     """
     size, widths = (6.3, 1.25 * len(queries) + 0.25), [2.1, 1, 1, 1, 1]
     figure, axes = plt.subplots(len(queries), 5, figsize=size, squeeze=False, width_ratios=widths)
@@ -134,7 +135,7 @@ def failures(queries, wanted, found):
         lines = textwrap.wrap(printable(query), 38)
         lines = lines if len(lines) <= 9 else [*lines[:8], lines[8] + " ..."]
         row[0].text(0, 1, "\n".join(lines), fontsize=6.5, va="top", transform=row[0].transAxes)
-        for axis, shown in zip(row[1:], [image, *best], strict=True):
+        for axis, shown in zip(row[1:], [image, *best], strict=False):
             show_image(axis, shown)
     titles = ("caption", "wanted", "first", "second", "third")
     for axis, title in zip(axes[0], titles, strict=True):
