@@ -6,8 +6,8 @@ from itertools import zip_longest
 
 import numpy as np
 import pandas as pd
+import scipy  # loads scipy.stats, which takes half a second, when it is used
 import torch
-from scipy.stats import binom
 
 from .text import tokenizer
 
@@ -123,7 +123,7 @@ def efficiency(history, base, queries, metric="long_t2i_r1", k=1):
     if not (of_base := history[history.model == base][metric]).size:
         raise ValueError(f"{base!r} has no evaluations; {', '.join(history.model.unique())} have")
     target = of_base.iloc[-1]
-    chance = binom.sf(round(target * queries) - 1, queries, min(1, k / queries))
+    chance = scipy.stats.binom.sf(round(target * queries) - 1, queries, min(1, k / queries))
     before = history.groupby("model")[["step", "seconds"]].shift(fill_value=0)
     history = history.join(before.add_suffix("_before"))
     reached = history[history[metric] >= target].groupby("model").first()
