@@ -6,6 +6,7 @@ from itertools import zip_longest
 
 import numpy as np
 import pandas as pd
+import scipy  # loads scipy.stats, which takes half a second, when it is used
 import torch
 
 from .text import tokenizer
@@ -111,19 +112,32 @@ def neighbour_overlap(x, y, k=10, chunk=4096):
     return torch.cat(shares).numpy()
 
 
-def efficiency(history, base, metric="long_t2i_r1"):
-    """Steps and seconds until each run reaches the final `metric` (the target) of the run `base`.
+def efficiency(history, base, queries, metric="long_t2i_r1", k=1):
+    """When each run reaches the target: the final `metric`, a recall at `k`, of the run `base`.
 
-    history: model, step, seconds and `metric`, a row per evaluation; the first that reaches the
-    target counts, for `base` too -> table: model, against, target, steps, seconds, step_ratio,
-    second_ratio (of `base` to the run). NaN: the run never reaches it.
+    history: model, step, seconds and `metric` on `queries` queries, a row per evaluation. A run
+    reaches the target between two evaluations -> table: model, against, target, step_before, step,
+    seconds_before, seconds (NaN: never reached), and how many times as long `base` takes, as far as
+    these evaluations tell: step_ratio_low, step_ratio_high (infinite if a run's first evaluation
+    reaches it), second_ratio_low, second_ratio_high. No rows if the target may be chance: a random
+    ranking has it with a probability of 0.05 or more.
     """
-    target = history[history.model == base][metric].iloc[-1]
-    first = history[history[metric] >= target].groupby("model").first()
-    table = first.rename(columns={"step": "steps"})[["steps", "seconds"]]
-    table = table.reindex(pd.Index(history.model.unique(), name="model"))
-    ratios = table.loc[base] / table
-    table = table.assign(step_ratio=ratios.steps, second_ratio=ratios.seconds).reset_index()
+    history = history.reset_index(drop=True)
+    if not (of_base := history[history.model == base][metric]).size:
+        raise ValueError(f"{base!r} has no evaluations; {', '.join(history.model.unique())} have")
+    target = of_base.iloc[-1]
+    chance = scipy.stats.binom.sf(round(target * queries) - 1, queries, min(1, k / queries))
+    before = history.groupby("model")[["step", "seconds"]].shift(fill_value=0)
+    history = history.join(before.add_suffix("_before"))
+    reached = history[history[metric] >= target].groupby("model").first()
+    columns = ["step_before", "step", "seconds_before", "seconds"]
+    models = history.model.unique() if chance < 0.05 else []
+    table = reached[columns].reindex(pd.Index(models, name="model")).reset_index()
     table.insert(1, "against", base)
     table.insert(2, "target", target)
+    for name, at in (("step_ratio", "step"), ("second_ratio", "seconds")):
+        low = reached[f"{at}_before"][base] / table[at]
+        high = reached[at][base] / table[f"{at}_before"]
+        table[f"{name}_low"] = low.where(table.model != base, 1)
+        table[f"{name}_high"] = high.where(table.model != base, 1)
     return table

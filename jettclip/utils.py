@@ -39,7 +39,8 @@ def nearest(word, words, what):
 
 
 def save_csv(table, path):
-    """Write a pandas table as CSV with 6 significant digits."""
+    """Write a pandas table as CSV with 6 significant digits, carriage returns as spaces."""
+    table = table.replace("\r", " ", regex=True)  # a reader ends the row at one: it is not quoted
     write_then_rename(path, lambda file: table.to_csv(file, index=False, float_format="%.6g"))
 
 

@@ -10,6 +10,7 @@ from itertools import cycle
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import pandas as pd
 
 from jettclip.utils import write_then_rename
 
@@ -37,15 +38,22 @@ STYLES = [
 ]
 BLUE, ORANGE, GREY, DARK_BLUE = "#8fbcd9", "#e0a080", "#bbbbbb", "#0072B2"  # fills of bars
 BAR = {"edgecolor": "black", "linewidth": 0.6}
+# What XML, and so SVG, cannot hold: control characters and halves of surrogate pairs.
+UNPRINTABLE = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def style():
-    """Matplotlib settings of every figure: small, vector, the same file for the same numbers."""
+    """Settings of every figure: small, vector, the same file for the same numbers.
+
+    Dollar signs are dollar signs, in figures and in tables that notebooks show: no mathematics.
+    """
+    pd.options.display.html.use_mathjax = False
     mpl.rcParams.update(
         {
             "figure.figsize": (6.3, 3.2),
             "figure.constrained_layout.use": True,
             "font.size": 9,
+            "text.parse_math": False,
             "axes.grid": True,
             "grid.color": "#dddddd",
             "axes.axisbelow": True,
@@ -65,8 +73,14 @@ def save(figure, path):
     write_then_rename(path, lambda temporary: figure.savefig(temporary, metadata={"Date": None}))
 
 
+def printable(text):
+    """`text` with a replacement character for each that no figure can hold."""
+    return UNPRINTABLE.sub("\ufffd", text)
+
+
 def label(model):
     """A run's name in figures: "crd+fd-both-context_length77-s0" -> "crd+fd both 77 tokens"."""
+    model = printable(model)
     if " " in model:
         return model
     name = re.sub(r"context_length(\d+)", r"\1 tokens", model.removesuffix("-s0"))
@@ -83,8 +97,8 @@ def by_model(table):
 
 
 def error_bars(rows):
-    """Lengths of the error bars below and above `rows.value`, as matplotlib wants them."""
-    return [rows.value - rows.low, rows.high - rows.value]
+    """Lengths of the error bars below and above `rows.value`; none is below 0 by rounding."""
+    return [(rows.value - rows.low).clip(lower=0), (rows.high - rows.value).clip(lower=0)]
 
 
 def show_image(axis, image):
@@ -97,8 +111,8 @@ def show_image(axis, image):
 
 def contact_sheet(images, titles, columns=4, width=6.3):
     """A grid of images (uint8 (3, H, W)), each below its title -> figure, `width` inches wide."""
-    titles = [textwrap.wrap(title, int(19 * width / columns)) for title in titles]
-    rows, title_lines = -(-len(images) // columns), max(map(len, titles))
+    titles = [textwrap.wrap(printable(title), int(19 * width / columns)) for title in titles]
+    rows, title_lines = -(-len(images) // columns) or 1, max(map(len, titles), default=0)
     height = rows * (width / columns + 0.12 * title_lines)
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
     for axis in axes.flat:
@@ -112,15 +126,16 @@ def contact_sheet(images, titles, columns=4, width=6.3):
 def failures(queries, wanted, found):
     """A row for each query: caption, wanted image, the three that the model ranks first -> figure.
 
-    queries: captions, cut to nine lines; wanted: images (uint8 (3, H, W)); found: threes of them.
+    queries: captions, cut to nine lines; wanted: images (uint8 (3, H, W)); found: threes of them,
+    or fewer if there are no more.
     """
     size, widths = (6.3, 1.25 * len(queries) + 0.25), [2.1, 1, 1, 1, 1]
     figure, axes = plt.subplots(len(queries), 5, figsize=size, squeeze=False, width_ratios=widths)
     for row, query, image, best in zip(axes, queries, wanted, found, strict=True):
-        lines = textwrap.wrap(query, 38)
+        lines = textwrap.wrap(printable(query), 38)
         lines = lines if len(lines) <= 9 else [*lines[:8], lines[8] + " ..."]
         row[0].text(0, 1, "\n".join(lines), fontsize=6.5, va="top", transform=row[0].transAxes)
-        for axis, shown in zip(row[1:], [image, *best], strict=True):
+        for axis, shown in zip(row[1:], [image, *best], strict=False):
             show_image(axis, shown)
     titles = ("caption", "wanted", "first", "second", "third")
     for axis, title in zip(axes[0], titles, strict=True):
@@ -177,7 +192,8 @@ def bars(table, xlabel, reference=None):
     table = table.iloc[::-1]
     figure, axis = plt.subplots(figsize=(6.3, 0.6 + 0.28 * len(table)))
     errors = {"xerr": error_bars(table), "error_kw": {"linewidth": 1, "capsize": 2}}
-    axis.barh(table.model.map(label), table.value, color=BLUE, **BAR, **errors)
+    axis.barh(range(len(table)), table.value, color=BLUE, **BAR, **errors)
+    axis.set_yticks(range(len(table)), table.model.map(label))
     for y, (value, high) in enumerate(zip(table.value, table.high, strict=True)):
         axis.text(high, y, f"  {value:.3f}", va="center", fontsize=8)
     if reference:
@@ -197,8 +213,8 @@ def positions(table):
         errors = {"yerr": error_bars(rows), "capsize": 2, "linewidth": 1.2}
         axis.errorbar(x, rows.value, label=name, **errors, **look)
     axis.axhline(0.5, color="black", linewidth=0.8)
-    axis.axvline(77, color="black", linestyle="--", linewidth=1)
-    axis.text(78, 1.01, "77 tokens", fontsize=8)
+    axis.axvline(75.5, color="black", linestyle="--", linewidth=1)  # the end token is at 76
+    axis.text(77, 1.01, "77 tokens", fontsize=8)
     axis.text(1.01, 0.5, "chance", fontsize=8, va="center", transform=axis.get_yaxis_transform())
     axis.set(
         xlabel="token position of the only differing detail",
@@ -217,7 +233,7 @@ def attributes(table):
         y = rows.attribute.map(names.index) + (number - (models - 1) / 2) * 0.8 / models
         errors = {"xerr": error_bars(rows), "capsize": 2, "linewidth": 1}
         axis.errorbar(rows.value, y, label=name, **errors, **{**look, "linestyle": "none"})
-    axis.set_yticks(range(len(names)), names)
+    axis.set_yticks(range(len(names)), map(printable, names))
     axis.axvline(0.5, color="black", linewidth=0.8)
     axis.set(xlabel="accuracy (chance 0.5)", ylim=(len(names) - 0.5, -0.5))
     axis.grid(axis="y", visible=False)
@@ -243,11 +259,13 @@ def speed(table):
         axis.axis("off")
     for axis, ((tower, captions, batch), rows) in zip(axes.flat, panels, strict=False):
         ratios = rows.set_index("name").ratio_to_teacher.reindex(names)
-        axis.barh(names, ratios, color=[BLUE if ratio >= 1 else ORANGE for ratio in ratios], **BAR)
+        colours = [BLUE if ratio >= 1 else ORANGE for ratio in ratios]
+        axis.barh(range(len(names)), ratios, color=colours, **BAR)
+        axis.set_yticks(range(len(names)), map(printable, names))
         for y, ratio in enumerate(ratios):
             axis.text(ratio, y, f" {ratio:.1f}", va="center", fontsize=7)
         axis.axvline(1, color="black", linewidth=0.8)
-        title = [tower.replace("both", "image + text"), captions, f"batch {batch}"]
+        title = [tower.replace("both", "image + text"), printable(captions), f"batch {batch}"]
         axis.set_title(", ".join(filter(None, title)), fontsize=7, loc="left")
         axis.tick_params(axis="y", labelsize=7)
         axis.set_xlim(0, 1.18 * ratios.max())
@@ -267,7 +285,7 @@ def layers(table):
         for number, (model, colour) in enumerate(zip(models, (GREY, DARK_BLUE), strict=True)):
             y = [row + (number - 0.5) * 0.4 for row in range(len(rows))]
             axis.barh(y, rows[f"{model} ms"], 0.4, color=colour, label=model, **BAR)
-        axis.set_yticks(range(len(rows)), rows.part, fontsize=7)
+        axis.set_yticks(range(len(rows)), rows.part.map(printable), fontsize=7)
         axis.invert_yaxis()
         axis.set(xlabel="ms", title=f"{tower} tower")
         axis.grid(axis="y", visible=False)

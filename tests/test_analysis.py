@@ -120,15 +120,33 @@ def test_neighbour_overlap():
         assert analysis.neighbour_overlap(circle, circle[[0, 2, 1, 3]], k).tolist() == expected
 
 
+def history_of(**recalls):
+    rows = [(m, 10 * i, 20.0 * i, r) for m, rs in recalls.items() for i, r in enumerate(rs, 1)]
+    return pd.DataFrame(rows, columns=["model", "step", "seconds", "long_t2i_r1"])
+
+
 def test_efficiency_by_hand():
-    history = pd.DataFrame({"model": np.repeat(["none-s0", "fd-s0", "crd-s0"], 3)})
-    history["step"] = [10, 20, 30] * 3
-    history["seconds"] = 2.0 * history.step
-    history["long_t2i_r1"] = [0.1, 0.2, 0.3, 0.2, 0.3, 0.5, 0.1, 0.1, 0.2]
-    table = analysis.efficiency(history, "none-s0").fillna(0)
-    assert table.columns[:3].tolist() == ["model", "against", "target"]
-    assert table.values.tolist() == [
-        ["none-s0", "none-s0", 0.3, 30, 60, 1, 1],
-        ["fd-s0", "none-s0", 0.3, 20, 40, 1.5, 1.5],
-        ["crd-s0", "none-s0", 0.3, 0, 0, 0, 0],  # never
+    """A ratio is as fine as the evaluations: 20 < steps <= 30 against 10 < steps <= 20."""
+    recalls = {"none": [0.1, 0.2, 0.3], "fd": [0.2, 0.3, 0.5], "icl": [0.4, 0.4, 0.4]}
+    history = history_of(**recalls, crd=[0.1, 0.1, 0.2])
+    table = analysis.efficiency(history, "none", queries=100)
+    assert [*table] == [
+        *("model", "against", "target", "step_before", "step", "seconds_before", "seconds"),
+        *("step_ratio_low", "step_ratio_high", "second_ratio_low", "second_ratio_high"),
     ]
+    assert table.fillna(0).values.tolist() == [
+        ["none", "none", 0.3, 20, 30, 40, 60, 1, 1, 1, 1],
+        ["fd", "none", 0.3, 10, 20, 20, 40, 1, 3, 1, 3],
+        ["icl", "none", 0.3, 0, 10, 0, 20, 2, np.inf, 2, np.inf],
+        ["crd", "none", 0.3, 0, 0, 0, 0, 0, 0, 0, 0],  # never
+    ]
+
+
+@pytest.mark.parametrize("hits, rows", [(0, 0), (1, 0), (3, 0), (4, 1), (500, 1)])
+def test_efficiency_needs_a_target_beyond_chance(hits, rows):
+    """Of 500 queries a random ranking has 3 hits or more with p 0.080, 4 or more with 0.019."""
+    history = history_of(none=[hits / 500])
+    assert len(analysis.efficiency(history, "none", queries=500)) == rows
+    assert len(analysis.efficiency(history_of(none=[1.0]), "none", queries=1)) == 0
+    with pytest.raises(ValueError, match="'fd' has no evaluations; none have"):
+        analysis.efficiency(history, "fd", queries=500)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib
 import pandas as pd
+import psutil
 import pytest
 from conftest import TINY
 
@@ -28,7 +29,9 @@ def run(table, tmp_path, monkeypatch):
     def executed(name, **parameters):
         parameters |= {"results": str(tmp_path), "repeats": 2}
         values = {"__name__": "__main__"}
-        for cell in json.loads((NOTEBOOKS / f"benchmarks/{name}.ipynb").read_text())["cells"]:
+        for cell in json.loads((NOTEBOOKS / f"benchmarks/{name}.ipynb").read_text("utf-8"))[
+            "cells"
+        ]:
             if cell["cell_type"] == "code":
                 exec("".join(cell["source"]), values)
             if "parameters" in cell["metadata"].get("tags", ()):
@@ -67,12 +70,26 @@ def test_training(run):
     assert table.ratio[0] == 1 and (table.samples_s > 0).all() and table.waiting.between(0, 1).all()
 
 
-def test_data(run, tmp_path):
+def test_data(run, tmp_path, capsys, monkeypatch):
+    memory, asked = psutil.Process.memory_full_info, []
+
+    def answer(process):
+        """As on macOS, then as of a process that has just ended, then as it is."""
+        asked.append(process.pid)
+        if len(asked) <= 2:
+            raise (psutil.AccessDenied, psutil.NoSuchProcess)[len(asked) - 1](process.pid)
+        return memory(process)
+
+    monkeypatch.setattr(psutil.Process, "memory_full_info", answer)
     sizes = {"sizes": [64, 128], "cached_pairs": 500, "built_pairs": 16}
     tables = run("data", **sizes, captions=str(tmp_path / "captions.parquet"))
     speed = tables["speed"].groupby("what", sort=False)
     assert speed.ngroups == 4 and (speed.ratio.first() == 1).all()
     assert tables["speed"].per_second.notna().sum() == 2
     scale = tables["scale"].set_index("pairs")
-    assert list(scale.index) == [64, 128] and (scale > 0).all().all()
+    assert list(scale.index) == [64, 128] and scale.worker_mb.iloc[-1] > 0
+    assert (scale.drop(columns="worker_mb") > 0).all().all()
     assert (scale.bytes_per_pair < 3200).all()
+    cache, table = scale.diff()[["cache_bytes", "table_bytes"]].iloc[-1] / 64  # a pair more
+    told = f"From 64 to 128 pairs, each takes {cache:.0f} bytes of the cache, {table:.0f} of"
+    assert told in capsys.readouterr().out and cache == 3 * 512 * 2 + 16

@@ -1,20 +1,64 @@
 """The report: its PDF from the committed results, pages of notebooks, counts of the models."""
 
+import html
 import importlib.util
+import json
+import re
 import shutil
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
+import typst
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from nbformat import v4
+from test_plots import NASTY, plots
 
 from jettclip.models import MODELS
+from jettclip.utils import save_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("report_build", ROOT / "report/build.py")
 build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
+
+
+FIXTURES_OK = [HealthCheck.function_scoped_fixture]
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch):
+    """A copy of the report and the results, and a function: its elements that a selector finds."""
+    for folder in ("report", "results"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=lambda *_: ["build"])
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    options = {"root": tmp_path}
+
+    def found(selector):
+        options["sys_inputs"] = build.inputs()
+        return json.loads(typst.query(tmp_path / "report/report.typ", selector, **options))
+
+    return tmp_path / "results", found
+
+
+PARTS = ("text", "caption", "body", "child", "children")
+
+
+def words(element):
+    """The text of an element of the report."""
+    if isinstance(element, list):
+        return "".join(map(words, element))
+    if not isinstance(element, dict):
+        return element or ""
+    space = " " if element.get("func") == "space" else ""
+    return space + "".join(words(element.get(key)) for key in PARTS)
+
+
+def edit(path, change):
+    """Rewrite a table by a function of it."""
+    save_csv(change(pd.read_csv(path, keep_default_na=False)), path)
 
 
 def test_every_model_is_counted():
@@ -44,7 +88,31 @@ def test_only_finished_notebooks_become_pages(tmp_path, monkeypatch):
     pages = build.html("tiny")
     names = ["02_train-crd-s0.html", "00_data.html", "02_train-fd-s0.html"]
     assert pages == [tmp_path / "report/build/tiny" / name for name in names]
-    assert all("42" in page.read_text() for page in pages)
+    assert all("42" in page.read_text(encoding="utf-8") for page in pages)
+
+
+TEXT = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=30)
+
+
+@given(texts=st.lists(TEXT, min_size=1, max_size=9))
+@example(texts=NASTY[:2])
+@settings(max_examples=3, deadline=None, suppress_health_check=FIXTURES_OK)
+def test_text_in_pages_is_never_parsed(texts, tmp_path, monkeypatch):
+    """Tables and printed lines of notebooks; the page's mathematics leaves both alone."""
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    plots.style()
+    table = pd.DataFrame({"caption": texts})._repr_html_()
+    outputs = [v4.new_output("display_data", {"text/html": table})]
+    outputs += [v4.new_output("stream", text="\n".join(texts))]
+    done = {"papermill": {"exception": False}}
+    cell = v4.new_code_cell("captions", outputs=outputs, metadata=done, execution_count=1)
+    (tmp_path / "runs/tiny/data").mkdir(parents=True, exist_ok=True)
+    nbformat.write(v4.new_notebook(cells=[cell]), tmp_path / "runs/tiny/data/00_data.ipynb")
+    page = build.html("tiny")[0].read_text(encoding="utf-8")
+    found = re.findall(r"(?s)<(td|pre)>(.*?)</\1>", page)
+    shown = [(tag, html.unescape(text).strip()) for tag, text in found]  # the first: the code
+    assert shown[1:] == [*(("td", text) for text in texts), ("pre", "\n".join(texts))]
+    assert "tex2jax_ignore" in page.partition("<table")[2].partition(">")[0]
 
 
 def test_the_report_compiles_from_the_committed_results(tmp_path, monkeypatch):
@@ -69,3 +137,109 @@ def test_mistakes_and_missing_results_are_named(tmp_path, monkeypatch):
         monkeypatch.setattr("sys.argv", ["build.py", profile])
         with pytest.raises(SystemExit, match=f"error: .*{problem}"):
             build.main()
+
+
+@given(texts=st.lists(TEXT, min_size=4, max_size=4))
+@example(texts=[*NASTY, "\r = heading\n#panic()"])
+@settings(max_examples=1, deadline=None, suppress_health_check=FIXTURES_OK)
+def test_text_in_the_report_is_never_parsed(texts, report):
+    results, found = report
+    edit(
+        results / "scenes/drift.csv", lambda table: table.assign(backend=(texts * 9)[: len(table)])
+    )
+    edit(
+        results / "flickr8k/failures.csv",
+        lambda table: table.assign(model=texts[0], caption=texts[3]),
+    )
+    edit(results / "collage/differences.csv", lambda table: table.assign(family=texts[1]))
+    edit(results / "data/speed.csv", lambda table: table.assign(what=(texts * 9)[: len(table)]))
+    shown = {element["text"] for element in found("raw")}
+    written = pd.read_csv(results / "scenes/drift.csv", keep_default_na=False, dtype=str).backend
+    assert {*written} <= shown and texts[0] in shown
+    assert f"family: {texts[1]}." in words(found("figure"))
+
+
+def test_the_abstract_claims_three_seeds_or_says_one(report):
+    """Student's t on paired differences over three seeds or more if there are, else "one seed"."""
+    results, found = report
+
+    def abstract(**seeds):
+        """Its texts on scenes and on photographs, after runs of so many seeds."""
+        row = {"model": "fd-both", "against": "none", "task": "long"}
+        row |= {"value": 0.5, "low": 0.4, "high": 0.6}
+        for profile, n in seeds.items():
+            rows = [{**row, "metric": metric, "n": n} for metric in ("t2i_r1", "t2i_r10")]
+            save_csv(pd.DataFrame(rows), results / profile / "seeds.csv")
+        return words(found("<abstract>")).split("On real photographs")
+
+    over_three = "+50.0 [+40.0, +60.0] points over 3 seeds (Student"
+    scenes, flickr = abstract(scenes=2, ablation=3, flickr8k=2)
+    assert "points (one seed; over its queries" in scenes and "points (one seed;" in flickr
+    assert f"fd-both gains {over_three}" in scenes and over_three not in flickr
+    assert scenes.count("(one seed)") == 2  # longer training, details
+    scenes, flickr = abstract(scenes=3, flickr8k=3)
+    assert f"without distillation: {over_three}" in scenes and " gains " not in scenes
+    assert over_three in flickr and "one seed" not in flickr
+
+
+def test_tables_of_students(report):
+    """Each pair once, with its family; efficiency and growth as far as they were measured."""
+    results, found = report
+
+    def table_in(elements, start):
+        """Caption and rows of the only figure whose caption begins so."""
+        (figure,) = (e for e in elements if words(e.get("caption")).startswith(start))
+        cells = [words(cell) for cell in figure["body"]["child"]["children"]][3:]
+        width = len(figure["body"]["child"]["columns"])
+        return words(figure["caption"]), [cells[i : i + width] for i in range(0, len(cells), width)]
+
+    def flipped(table):
+        names = {"model": table.against, "against": table.model}
+        return table.assign(value=-table.value, low=-table.high, high=-table.low, **names)
+
+    path = results / "flickr8k/differences.csv"
+    table = pd.read_csv(path)
+    table = table[table.model != "none-s0"].drop(columns="family", errors="ignore")
+    save_csv(pd.concat([table, flipped(table)]), path)  # as older tables
+    save_csv(
+        pd.DataFrame(
+            {
+                "model": ["none-s0", "fd-both-s0", "icl-s0", "crd-s0"],
+                "against": "none-s0",
+                "target": 0.25,
+                **{"step_before": [80, 40, 0, ""], "step": [100, 60, 20, ""]},
+                **{"seconds_before": [8, 4, 0, ""], "seconds": [10, 6, 2, ""]},
+                **{"step_ratio_low": [1, 1.33, 4, ""], "step_ratio_high": [1, 2.5, "inf", ""]},
+                **{"second_ratio_low": [1, 1.33, 4, ""], "second_ratio_high": [1, 2.5, "inf", ""]},
+            }
+        ),
+        results / "scenes/efficiency.csv",
+    )
+    figures = found("figure")
+    caption, old = table_in(figures, "Flickr8k: paired")
+    pairs = {frozenset(row[:2]) for row in old if len(row) == 5}
+    assert "family" not in caption and len(pairs) == len(
+        table.drop_duplicates(["model", "against"])
+    )
+    assert table_in(figures, "Scenes: steps and seconds")[1][:4] == [
+        ["none-s0", "0.250", "80 to 100", "8 to 10", "1", "1"],
+        ["fd-both-s0", "0.250", "40 to 60", "4 to 6", "1.3 to 2.5", "1.3 to 2.5"],
+        ["icl-s0", "0.250", "0 to 20", "0 to 2", "over 4.0", "over 4.0"],
+        ["crd-s0", "0.250", "not reached", "–", "–", "–"],
+    ]
+
+    family = "9 comparisons, " + table.task + " " + table.metric
+    save_csv(flipped(table).assign(family=family), path)
+    (results / "scenes/efficiency.csv").unlink()  # no target beyond chance
+    # 1 GB of overhead and 5 bytes for a pair: a billion pairs more take 5 GB, not 6.
+    scale = pd.DataFrame({"pairs": [10**3, 10**6, 2 * 10**6], "worker_mb": ""})  # not measured
+    scale = scale.assign(cache_bytes=10**9 + 5 * scale.pairs, table_bytes=10**9 + 5 * scale.pairs)
+    scale = scale.assign(bytes_per_pair=5, open_seconds=1, rows_per_second=1)
+    save_csv(scale, results / "data/scale.csv")
+    figures = found("selector(figure).or(<growth>)")
+    caption, new = table_in(figures, "Flickr8k: paired")
+    assert "p is corrected for its family: 9 comparisons, long t2i_r10." in caption
+    against_none = [[row for row in rows if row[1:2] == ["none-s0"]] for rows in (old, new)]
+    assert against_none[0] == against_none[1] != []
+    assert not any(words(e.get("caption")).startswith("Scenes: steps and") for e in figures)
+    assert "a billion pairs take 0.0 TB and 5 GB." in " ".join(map(words, figures))

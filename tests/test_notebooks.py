@@ -165,11 +165,26 @@ def test_folding_and_export_change_nothing_but_rounding(smoke):
 
 def test_an_unfinished_student_is_named_and_left_out(smoke):
     assert list(read(smoke, "setup.csv").failed) == ["unfinished-s0"]
-    for table in ("history.csv", "efficiency.csv"):
-        assert set(read(smoke, table).model) == set(STUDENTS)
+    assert set(read(smoke, "history.csv").model) == set(STUDENTS)
     failures, geometry = read(smoke, "failures.csv"), read(smoke, "geometry.csv")
     assert (failures["rank"] > 1).all() and len(failures)
     assert geometry.value.between(-1, 1).all()
+
+
+@pytest.mark.parametrize("recall, rows", [(0.5, len(STUDENTS)), (1 / 32, 0)])
+def test_efficiency_is_of_a_target_beyond_chance(smoke, monkeypatch, tmp_path, recall, rows):
+    monkeypatch.chdir(smoke[0].parents[1] / "notebooks")
+    monkeypatch.syspath_prepend(NOTEBOOKS)
+    read_csv = pd.read_csv
+
+    def changed(path, **options):
+        table = read_csv(path, **options)
+        return table.assign(long_t2i_r1=recall) if path.stem == "history" else table
+
+    monkeypatch.setattr(pd, "read_csv", changed)
+    execute("06_report", **{**smoke[1], "results": str(tmp_path)})
+    path = tmp_path / "efficiency.csv"
+    assert (len(read_csv(path)) if path.exists() else 0) == rows
 
 
 @pytest.mark.parametrize("start_steps", [0, 2])

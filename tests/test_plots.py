@@ -1,12 +1,16 @@
-"""Every figure is drawn from a small table; the same table gives the same file."""
+"""Every figure is drawn from a small table, holds any text, and is the same file each time."""
 
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "notebooks"))
 import plots  # noqa: E402
@@ -19,34 +23,56 @@ LABELS = {
 }
 
 
-def rows(**columns):
+# What matplotlib's mathematics, HTML and Markdown would read as markup, and what XML cannot hold.
+NASTY = ["$5 # $6", "\\$x_1^{$ <b>&amp; --> *a* #x [", "\0\x1b[31m\ufffe\r\u2028\U0001f642"]
+
+
+def rows(models=tuple(LABELS), **columns):
     """A row for each model and each value of the columns."""
-    table = pd.DataFrame({"model": [*LABELS], "value": 0.5, "low": 0.4, "high": 0.7})
+    table = pd.DataFrame({"model": [*models], "value": 0.5, "low": 0.4, "high": 0.7})
     for name, values in columns.items():
         table = table.merge(pd.DataFrame({name: values}), how="cross")
     return table
 
 
-HISTORY = rows(step=[1, 2], seconds=[3])
-LATENCY = rows(backend=["pytorch"], tower=["image", "text"], batch=[1, 32], ratio_to_teacher=[2])
-LATENCY["captions"] = LATENCY.tower.map({"image": "", "text": "long"})
-LAYERS = pd.DataFrame({"tower": ["image", "text"], "part": ["stem", "attention"]})
-LAYERS[["branches ms", "folded ms"]] = 2.0
-DRAW = {  # name: (function, number of axes)
-    "contact_sheet": (lambda: plots.contact_sheet([IMAGE] * 5, ["a title " * 9] * 5), 8),
+def speed(models, captions="long"):
+    columns = {"tower": ["image", "text"], "batch": [1, 32], "ratio_to_teacher": [2]}
+    table = rows(models, backend=models[:1], **columns)
+    return plots.speed(table.assign(captions=table.tower.map({"image": "", "text": captions})))
+
+
+def layers(parts):
+    table = pd.DataFrame({"tower": ["image", "text"], "part": parts[:2]})
+    return plots.layers(table.assign(**{"branches ms": 2.0, "folded ms": 1.0}))
+
+
+DRAW = {  # name: (function of three texts, number of axes)
+    "contact_sheet": (lambda t: plots.contact_sheet([IMAGE] * 5, [f"{s} " * 9 for s in t] * 2), 8),
+    "contact_sheet of nothing": (lambda t: plots.contact_sheet([], []), 4),
     "failures": (
-        lambda: plots.failures(["long " * 99, "short"], [IMAGE] * 2, [[IMAGE] * 3] * 2),
+        lambda t: plots.failures([t[0] * 99, t[1]], [IMAGE] * 2, [[IMAGE] * 3, [IMAGE]]),
         10,
     ),
-    "curves": (lambda: plots.curves(HISTORY, "value", "R@1"), 1),
-    "dynamics": (lambda: plots.dynamics(HISTORY, "value", "R@1", target=0.3), 2),
-    "dynamics without target": (lambda: plots.dynamics(HISTORY, "value", "R@1"), 2),
-    "bars": (lambda: plots.bars(rows(), "R@1", reference=(0.1, "chance")), 1),
-    "positions": (lambda: plots.positions(rows(position=[10, 90])), 1),
-    "attributes": (lambda: plots.attributes(rows(attribute=["colour", "size"])[:-1]), 1),
-    "speed": (lambda: plots.speed(LATENCY), 4),
-    "layers": (lambda: plots.layers(LAYERS), 2),
+    "curves": (lambda t: plots.curves(rows(t, step=[1, 2]), "value", "R@1"), 1),
+    "dynamics": (lambda t: plots.dynamics(rows(t, step=[1, 2], seconds=[3]), "value", "y", 0.3), 2),
+    "dynamics without target": (
+        lambda t: plots.dynamics(rows(t, step=[1, 2], seconds=[3]), "value", "R@1"),
+        2,
+    ),
+    "bars": (lambda t: plots.bars(rows(t), "R@1", reference=(0.1, "chance")), 1),
+    "positions": (lambda t: plots.positions(rows(t, position=[10, 90])), 1),
+    "attributes": (lambda t: plots.attributes(rows(t, attribute=t[:2])[:-1]), 1),
+    "speed": (lambda t: speed(t, t[0]), 4),
+    "layers": (layers, 2),
 }
+
+
+def saved(figure, path):
+    """Texts in a figure's file, which is well-formed: matplotlib writes each in a comment."""
+    plots.save(figure, path)
+    plt.close("all")
+    parser = ET.XMLParser(target=ET.TreeBuilder(insert_comments=True))
+    return [e.text.strip() for e in ET.parse(path, parser).iter() if e.tag is ET.Comment]
 
 
 @pytest.mark.parametrize("name", DRAW)
@@ -54,7 +80,7 @@ def test_the_same_table_gives_the_same_figure(name, tmp_path):
     plots.style()
     draw, axes = DRAW[name]
     for copy in ("a.svg", "b.svg"):
-        figure = draw()
+        figure = draw([*LABELS])
         assert len(figure.axes) == axes
         plots.save(figure, tmp_path / copy)
     plt.close("all")
@@ -65,3 +91,37 @@ def test_the_same_table_gives_the_same_figure(name, tmp_path):
 def test_models_are_told_apart_and_labelled():
     assert {model: plots.label(model) for model in LABELS} == LABELS
     assert len(set(plots.STYLES)) >= 17  # students of the longest profile
+
+
+@pytest.mark.parametrize("name", [name for name in DRAW if " " not in name])
+@given(texts=st.lists(st.text(min_size=1), min_size=3, max_size=3, unique=True))
+@example(texts=NASTY)
+@settings(max_examples=2, deadline=None)
+@pytest.mark.filterwarnings("ignore:Glyph", "ignore:More than 20", "ignore:.*constrained_layout")
+def test_text_in_figures_is_never_parsed(name, texts, tmp_path_factory):
+    plots.style()
+    figure = DRAW[name][0](texts)
+    shown = saved(figure, tmp_path_factory.mktemp("text") / "figure.svg")
+    if texts == NASTY:
+        assert any("$5 # $6" in text for text in shown)
+
+
+@given(st.text(st.characters()))
+def test_printable_keeps_what_xml_holds(text):
+    shown = plots.printable(text)
+    ET.fromstring(f"<a>{shown.replace('&', '').replace('<', '')}</a>")
+    assert len(shown) == len(text) and plots.printable(shown) == shown
+    assert text.isprintable() is False or shown == text
+
+
+def test_dollars_in_notebooks_are_no_mathematics():
+    with mpl.rc_context(), pd.option_context("display.html.use_mathjax", True):
+        plots.style()
+        page = pd.DataFrame({"caption": ["<b>$5 # $6"]})._repr_html_()
+    assert "tex2jax_ignore" in page and "&lt;b&gt;$5 # $6" in page
+
+
+def test_rounding_makes_no_bar_negative():
+    table = pd.DataFrame({"value": [1.0, 0.0], "low": [0.9, 1e-17], "high": [1 - 1e-16, 0.1]})
+    below, above = plots.error_bars(table)
+    assert below.tolist() == [pytest.approx(0.1), 0] and above.tolist() == [0, 0.1]

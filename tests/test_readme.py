@@ -1,13 +1,16 @@
-"""README.md: its headline numbers are those of results/, its links lead on, its example runs."""
+"""README.md and report.typ: their numbers are those of results/ and of the code, links lead on."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from jettclip.checkpoints import save_folder
-from jettclip.models import create_model
+from jettclip.datasets import collage, scenes
+from jettclip.models import MODELS, create_model
+from jettclip.text import CONTEXT
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,6 +26,70 @@ def test_number_is_in_the_table(printed, file, cell):
         table = table[table[name].astype(str) == value]
     assert len(table) == 1, f"{file} has {len(table)} rows with {conditions}"
     assert f"{table[column].iloc[0]:.{len(printed.partition('.')[2])}f}" == printed
+
+
+def result(profile, name):
+    return pd.read_csv(ROOT / f"results/{profile}/{name}.csv")
+
+
+def tokens(profile):
+    lengths = result(profile, "lengths").query("long > 0").tokens
+    return lengths.min(), lengths.max()
+
+
+def minutes(profile):
+    """What the profile's comment says; training alone took less, of two runs at a time."""
+    comment = (ROOT / f"notebooks/profiles/{profile}.yaml").read_text(encoding="utf-8")
+    said = int(re.search(r"(\d+)\s(?:# )?minutes", comment)[1])
+    if (ROOT / f"results/{profile}").exists():
+        runs = pd.concat([result(profile, name) for name in ("history", "teacher")])
+        assert runs.groupby("model").seconds.max().sum() / 2 < 60 * said
+    return said
+
+
+def setting(notebook, name):
+    text = (ROOT / f"notebooks/{notebook}.ipynb").read_text(encoding="utf-8")
+    return re.search(rf"\b{name}(?:, BATCH)? = (\d+)", text)[1]
+
+
+PYTHON = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["requires-python"]
+CLIP, TINY = MODELS["MobileCLIP-S0"]["text_cfg"], MODELS["JettCLIP-T"]
+FACTS = [  # words of README.md, and their numbers
+    ("to read {}-token captions", CONTEXT),
+    ("A model of {} tokens guesses", CLIP["context_length"]),
+    ("Python {} or newer, two cores, up to {} minutes", PYTHON[2:], minutes("scenes")),
+    ("finds its image first among {:,}", result("scenes", "captions").test[0]),
+    ("among the first ten of {:,}", result("flickr8k", "captions").test[0]),
+    ("token embeddings, {} pixels", TINY["vision_cfg"]["image_size"]),
+    ("one of {} that `make report` leaves", setting("07_search", "photos")),
+    ("the spot, captions of {} to {} tokens | {} min", *tokens("scenes"), minutes("scenes")),
+    ("toy size | {} min", minutes("smoke")),
+    ("(add `THREADS=1`) | {} min each", minutes("ablation")),
+    ("its settings | {}, {} min", minutes("flickr8k"), minutes("flickr8k_settings")),
+    ("picture, captions of {} to {} tokens | {} min", *tokens("collage"), minutes("collage")),
+    ("(77 tokens), `JettCLIP-S0` ({})", CONTEXT),
+    ("`MobileCLIP-S0` ({} tokens)", CLIP["context_length"]),
+]
+FACTS_OF_REPORT = [
+    ("{} to {} objects of several", min(scenes.COUNTS), max(scenes.COUNTS)),
+    ("has {} to {} photographs", min(collage.COUNTS), max(collage.COUNTS)),
+    ("on features of {} numbers", setting("benchmarks/training", "width")),
+    ("synthetic features, three of {} numbers", setting("benchmarks/data", "WIDTH")),
+]
+
+
+def test_every_other_number_is_right():
+    """README.md has one more number than links, code and facts: Long-CLIP-B's time is 1."""
+    prose, report = README, (ROOT / "report/report.typ").read_text(encoding="utf-8")
+    assert [w for w, *numbers in FACTS_OF_REPORT if w.format(*numbers) not in report] == []
+    for words, *numbers in FACTS:
+        assert words.format(*numbers) in README
+        prose = prose.replace(words.format(*numbers), "")
+    prose = re.sub(r"(?s)```.*?```|`[^`]*`|\[[^]]*\]\([^)]*\)", "", prose)
+    assert re.findall(r"(?<![\w-])\d[\d.,]*", prose) == ["1"]
+    counts = pd.read_csv(ROOT / "results/models.csv").set_index("model").loc["JettCLIP-T"]
+    embeddings = TINY["text_cfg"]["vocab_size"] * TINY["text_cfg"]["width"] / 1e6
+    assert 0.5 < counts.image_params_m + counts.text_params_m - embeddings < 2  # a million
 
 
 def test_links_and_length():
