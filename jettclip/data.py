@@ -1,30 +1,31 @@
 """Pairs of an image and its two captions: a table for every source, and its rows as tensors."""
 
+import copy
 import hashlib
-import io
+import multiprocessing
 import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
-from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transform
 
 from .datasets import collage, published, scenes
+from .inputs import Unreadable, digest, read_photo
 from .models import PLAIN
 from .text import tokenizer
 from .utils import nearest
 
 COLUMNS = ["image", "long", "short", "split", "key"]  # image: encoded bytes or a path
-MOST_PIXELS = 100_000_000  # a larger image is taken for a decompression bomb
-UNREADABLE = (OSError, RuntimeError, TypeError, ValueError, Image.DecompressionBombError)
+tokenizer_of = cache(tokenizer)  # it remembers words
 IN_MEMORY = 2 << 30  # bytes of decoded images that a PairDataset keeps
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
@@ -69,53 +70,44 @@ def load_details(source, root=None, n=1000, seed=0, image_size=64):
         return collage.make_details(photos.image, photos.captions, n, seed, image_size)
 
 
-def read_image(image):
-    """Encoded bytes or a path -> uint8 tensor (3, H, W), upright.
-
-    torchvision reads plain JPEG and PNG files, fast; Pillow whatever is rare (CMYK, palette, alpha,
-    16 bits, other formats). Raises one of UNREADABLE where there is no whole image.
-    """
-    data = Path(image).read_bytes() if isinstance(image, (str, Path)) else image
-    with Image.open(io.BytesIO(data)) as picture:  # reads the header alone
-        if picture.width * picture.height > MOST_PIXELS:
-            raise ValueError(f"size {picture.size} exceeds {MOST_PIXELS:,} pixels")
-        if picture.format in ("JPEG", "PNG") and picture.mode in ("RGB", "L"):
-            data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            return decode_image(data, ImageReadMode.RGB, apply_exif_orientation=True)
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I"):  # 16 bits, which Pillow's conversion would clip
-            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-        return transform.pil_to_tensor(picture.convert("RGB"))
+def read_image(source):
+    """A photo that `inputs.read_photo` reads -> uint8 tensor (3, H, W)."""
+    return transform.pil_to_tensor(read_photo(source)).contiguous()
 
 
 def clean_pairs(table, context_length=248):
     """Check every row -> (usable rows, report with the columns key, problem).
 
     Rows with an unreadable image or an empty caption are left out. Captions over `context_length`
-    tokens stay and are reported: reading truncates them. A missing column is an error.
+    tokens stay and are reported: reading truncates them. A missing column is an error. Usable rows
+    get the column digest: of the encoded image, so that a later change is noticed.
     """
     if lacks := ", ".join(column for column in COLUMNS if column not in table):
         raise ValueError(f"the pairs table lacks the column(s) {lacks}; it has {', '.join(table)}")
     encode = tokenizer(context_length).encode
 
     def check(key, image, long, short):
-        """-> problems that leave the row out, problems that do not"""
-        fatal, truncated = [], []
+        """-> problems that leave the row out, problems that do not, digest of the image"""
+        fatal, truncated, hashed = [], [], None
         for name, text in (("long", long), ("short", short)):
-            if not isinstance(text, str) or not text.strip(" ."):
+            if not isinstance(text, str) or not text.replace(".", "").strip():
                 fatal.append(f"empty {name} caption, left out")
+            elif half := re.search("[\ud800-\udfff]", text):  # no file can hold it
+                fatal.append(f"{name} caption with half a character, {half[0]!a}, left out")
             elif (n := len(encode(text)) + 2) > context_length:
                 truncated.append(f"{name} caption of {n} tokens, truncated to {context_length}")
         try:
-            read_image(image)
-        except UNREADABLE as error:
-            fatal.append(f"unreadable image, left out: {str(error).splitlines()[0]}")
-        return [(key, text) for text in fatal], [(key, text) for text in truncated]
+            hashed = digest(image)
+            read_photo(image)
+        except Unreadable as error:
+            fatal.append(f"unreadable image, left out: {error}")
+        return [(key, text) for text in fatal], [(key, text) for text in truncated], hashed
 
     with ThreadPoolExecutor(CORES) as pool:
         checked = list(pool.map(check, table.key, table.image, table.long, table.short))
-    usable = np.array([not fatal for fatal, _ in checked], dtype=bool)
-    report = [problem for fatal, truncated in checked for problem in fatal or truncated]
+    usable = np.array([not fatal for fatal, _, _ in checked], dtype=bool)
+    report = [problem for fatal, truncated, _ in checked for problem in fatal or truncated]
+    table = table.assign(digest=[hashed for _, _, hashed in checked])
     return table[usable].reset_index(drop=True), pd.DataFrame(report, columns=["key", "problem"])
 
 
@@ -126,12 +118,21 @@ def fingerprint(table):
     return hashlib.sha256(b"".join(hashlib.sha256(field).digest() for field in data)).hexdigest()
 
 
+def _at_least_one(**sizes):
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}: use 1 or more")
+
+
 def draw_crops(n, k, seed, smallest=1.0, flip=False):
     """K crops for each of N images: (N, K, 4) float32 of side, y, x in [0, 1] and flip (0 or 1).
 
     side: share of height and width, for an area uniform in [smallest, 1]; y, x: where the crop lies
     between the edges. smallest=1 and flip=False is the whole image.
     """
+    _at_least_one(k=k)
+    if not 0 < smallest <= 1:
+        raise ValueError(f"smallest is {smallest}: use a share of the area, above 0 and up to 1")
     rng = np.random.default_rng(seed)
     side = np.sqrt(rng.uniform(smallest, 1.0, (n, k, 1)))
     place = rng.uniform(size=(n, k, 2))
@@ -157,52 +158,69 @@ class PairDataset(Dataset):
     shorts in their k-th order (and round again). preprocess: how the model scales pixels.
 
     Decoded images and token ids are kept while they fit `IN_MEMORY`. A larger table stays encoded,
-    in Arrow's buffers: the loader's workers share them and read each row when it is asked for.
+    in Arrow's buffers, and a row is read when it is asked for.
     """
 
     def __init__(
         self, table, image_size, context_length=248, crops=None, draws=False, preprocess=PLAIN
     ):
         self.image_size, self.context_length = image_size, context_length
-        self.preprocess, self._tokenize = preprocess, tokenizer(context_length)
+        self.preprocess, self.keys = preprocess, list(table.key)
         self.crops = draw_crops(len(table), 1, seed=0) if crops is None else crops
-        self.keys, self.draws = list(table.key), len(table.longs.iloc[0]) if draws else 1
-        columns = ["image", *(["longs", "shorts"] if draws else ["long", "short"])]
-        arrow = pa.Table.from_pandas(table[columns], preserve_index=False).combine_chunks()
-        self.images, *self.captions = arrow.columns
-        digest = hashlib.sha256(fingerprint(table).encode() + self.crops.tobytes())
+        if len(self.crops) != len(table):
+            raise ValueError(f"crops of {len(self.crops)} images for {len(table)} rows")
+        self.draws = len(table.longs.iloc[0]) if draws and len(table) else 1
+        self.captions = ["longs", "shorts"] if draws else ["long", "short"]
+        columns = ["image", *self.captions, *table.columns.intersection(["digest"])]
+        self.table = pa.Table.from_pandas(table[columns], preserve_index=False).combine_chunks()
+        hashed = hashlib.sha256(fingerprint(table).encode() + self.crops.tobytes())
+        hashed.update(repr((image_size, context_length, preprocess)).encode())
         for captions in self.captions if draws else ():
-            digest.update(repr(captions.to_pylist()).encode())
-        self.fingerprint = digest.hexdigest()  # of all that decides what this data set yields
-        size = len(table) * read_image(table.image.iloc[0]).numel() if len(table) else 0
-        self.in_memory, self._tokens = size <= IN_MEMORY, None
-        if self.in_memory:
-            self.images = [read_image(image) for image in table.image]
+            hashed.update(repr(self.table[captions].to_pylist()).encode())
+        self.fingerprint = hashed.hexdigest()  # of all that decides what this data set yields
+        self.images = self._tokens = None
+        size = len(table) * self.image(0).numel() if len(table) else 0
+        if size <= IN_MEMORY:
             tokens = [self.tokens(range(len(table)), k) for k in range(self.draws)]
             self._tokens = [(long.int(), short.int()) for long, short in tokens]
+            self.images = [self.image(row) for row in range(len(table))]
+
+    in_memory = property(lambda self: self.images is not None)
 
     def tokens(self, rows, k=0):
         """Long and short tokens (B, L) of `rows` (B,), in the caption order of crop `k`."""
         draw, rows = k % self.draws, torch.as_tensor(rows, dtype=torch.long)
         if self._tokens:
             return tuple(tokens[rows].long() for tokens in self._tokens[draw])
-        captions = (column.take(rows.numpy()).to_pylist() for column in self.captions)
+        captions = (self.table[name].take(rows.numpy()).to_pylist() for name in self.captions)
+        tokenize = tokenizer_of(self.context_length)
         return tuple(
-            self._tokenize([text[draw] if isinstance(text, list) else text for text in texts])
+            tokenize([text[draw] if isinstance(text, list) else text for text in texts])
             for texts in captions
         )
 
     long = property(lambda self: self.tokens(range(len(self)))[0])  # (N, L), in their first order
     short = property(lambda self: self.tokens(range(len(self)))[1])
 
+    def image(self, row):
+        """The decoded image of a row: uint8 (3, H, W)."""
+        if self.in_memory:
+            return self.images[row]
+        image, hashed = self.table["image"][row].as_py(), None
+        if "digest" in self.table.column_names and isinstance(image, str):
+            hashed = self.table["digest"][row].as_py()
+        try:
+            if hashed and digest(image) != hashed:
+                raise Unreadable(f"{os.path.abspath(image)}: other contents")
+            return read_image(image)
+        except Unreadable as error:
+            problem = f"the image of {self.keys[row]!r} changed since notebook 00 checked it"
+            raise RuntimeError(f"{problem}: run notebook 00 again ({error})") from None
+
     def pixels(self, row, k):
         """The pixels that a model sees: uint8 (3, image_size, image_size)."""
-        try:
-            image = self.images[row] if self.in_memory else read_image(self.images[row].as_py())
-        except UNREADABLE as error:
-            problem = f"the image of {self.keys[row]!r} was readable when the data was checked"
-            raise RuntimeError(f"{problem} (notebook 00): {error}") from None
-        return crop(image, self.crops[row, k], self.image_size, self.preprocess["interpolation"])
+        interpolation = self.preprocess["interpolation"]
+        return crop(self.image(row), self.crops[row, k], self.image_size, interpolation)
 
     def scaled(self, pixels):
         """uint8 (..., 3, S, S) -> float, as the model wants it."""
@@ -219,15 +237,33 @@ class PairDataset(Dataset):
         long, short = self.tokens([row], k)  # (1, L)
         return row, k, self.scaled(self.pixels(row, k)), long[0], short[0]
 
-    def __getitems__(self, batch):
-        """Rows of a batch at once, images as uint8: a quarter of the bytes between processes."""
-        rows, ks = np.asarray(batch).T
-        pixels = torch.stack([self.pixels(row, k) for row, k in np.asarray(batch).tolist()])
+    def batch(self, rows_and_crops):
+        """Images (B, 3, S, S) as uint8, a quarter of the bytes between processes, and tokens."""
+        rows, ks = np.asarray(rows_and_crops).T
+        pixels = torch.stack(
+            [self.pixels(row, k) for row, k in np.asarray(rows_and_crops).tolist()]
+        )
         long, short = torch.empty(2, len(rows), self.context_length, dtype=torch.long)
         draws = ks % self.draws
         for draw in np.unique(draws):
             long[draws == draw], short[draws == draw] = self.tokens(rows[draws == draw], draw)
-        return torch.as_tensor(rows), torch.as_tensor(ks), pixels, long, short
+        return pixels, long, short
+
+    def part(self, rows_and_crops):
+        """A data set of the rows of a batch alone, to send to a worker -> it, its rows and crops"""
+        (rows, ks), part = np.asarray(rows_and_crops).T, copy.copy(self)
+        part.keys, part.crops = [self.keys[row] for row in rows], self.crops[rows]
+        slices = [self.table.slice(row, 1) for row in rows.tolist()]
+        part.table = pa.concat_tables(slices).combine_chunks()
+        return part, np.stack([np.arange(len(rows)), ks], axis=1)
+
+
+class Batches(Dataset):
+    """Reads whole batches. A worker gets no table, but with each batch its rows."""
+
+    def __getitem__(self, dataset_and_batch):
+        dataset, batch = dataset_and_batch
+        return dataset.batch(batch)
 
 
 def dataset_for(model, table, crops=None, draws=False):
@@ -238,6 +274,7 @@ def dataset_for(model, table, crops=None, draws=False):
 
 def epoch_batches(n, batch_size, seed, epoch, crops=1):
     """Batches of an epoch, (n // batch_size, batch_size, 2) of row and crop, from (seed, epoch)."""
+    _at_least_one(batch_size=batch_size, crops=crops)
     rng = np.random.default_rng([seed, epoch])
     pairs = np.stack([rng.permutation(n), rng.integers(0, crops, n)], axis=1)
     return pairs[: n // batch_size * batch_size].reshape(-1, batch_size, 2)
@@ -245,6 +282,7 @@ def epoch_batches(n, batch_size, seed, epoch, crops=1):
 
 def in_order(n, batch_size, k=0):
     """Batches (up to batch_size, 2) of (row, k) that go once through rows 0..n-1."""
+    _at_least_one(batch_size=batch_size)
     pairs = np.stack([np.arange(n), np.full(n, k)], axis=1)
     return [pairs[i : i + batch_size] for i in range(0, n, batch_size)]
 
@@ -252,17 +290,30 @@ def in_order(n, batch_size, k=0):
 def loader(dataset, batches, device="cpu"):
     """Read `batches` (B, 2) of row and crop -> rows (B,), crops (B,) on the CPU, and on `device`
     images (B, 3, S, S), long and short tokens (B, L). Workers read what is not in memory."""
+    workers = 0 if dataset.in_memory else _workers(dataset, batches)
     loaded = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=0 if dataset.in_memory else _workers(dataset, batches),
-        collate_fn=tuple,  # the data set makes whole batches
+        Batches(),
+        sampler=((dataset.part(batch) if workers else (dataset, batch)) for batch in batches),
+        batch_size=None,  # the data set makes whole batches
+        num_workers=workers,
+        multiprocessing_context=start_method() if workers else None,
         pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator(),  # the global one would move once more in a resumed run
     )
-    for rows, ks, *tensors in loaded:
+    for batch, tensors in zip(batches, loaded, strict=True):
+        rows, ks = torch.as_tensor(np.asarray(batch)).T
         pixels, long, short = (x.to(device, non_blocking=True) for x in tensors)
         yield rows, ks, dataset.scaled(pixels), long, short
+
+
+@cache
+def start_method():
+    """Workers come from a server without threads: forked beside OpenVINO's they crash or hang."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # else each worker imports PyTorch
+    return context
 
 
 def _workers(dataset, batches):

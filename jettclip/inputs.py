@@ -163,8 +163,12 @@ class Tokenizer:
         """Texts, one or several -> int64 (B, L), 0-padded; truncates, keeps the end token."""
         texts = [texts] if isinstance(texts, str) else texts
         length = context_length or self.context_length
+        if length < 2:
+            raise ValueError(f"context_length is {length}: use 2 or more, for start and end token")
         tokens = np.zeros((len(texts), length), dtype=np.int64)
         for row, text in zip(tokens, texts, strict=True):
+            if not isinstance(text, str):
+                raise TypeError(f"{text!r} is no text: use strings")
             ids = self.encode(text)[: length - 2]
             row[0], row[1 : len(ids) + 1], row[len(ids) + 1] = self.start, ids, self.end
         return tokens

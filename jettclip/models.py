@@ -27,6 +27,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.transforms import v2
 
 from . import checkpoints
+from .inputs import read_photo
 from .text import CONTEXT, HybridText, TransformerText, tokenizer
 from .utils import nearest
 
@@ -191,8 +192,10 @@ class CLIP(nn.Module):
 
     def encode_image(self, image, normalize=False):
         """Images (B, 3, image_size, image_size) from the model's transform -> (B, embed_dim)."""
+        if image.ndim != 4:
+            raise ValueError(f"images of shape {tuple(image.shape)}: this model reads (B, 3, S, S)")
         whole = self.training or image.device.type != "cpu"
-        rows = len(image) if whole else max(1, PIXELS_AT_ONCE // image[0, 0].numel())
+        rows = len(image) if whole else max(1, PIXELS_AT_ONCE // math.prod(image.shape[-2:]))
         features = torch.cat([self.visual(batch) for batch in image.split(rows)])
         return F.normalize(features, dim=1) if normalize else features
 
@@ -245,14 +248,21 @@ def load_folder(folder):
     return model.eval()
 
 
+def _photo(image):
+    if isinstance(image, torch.Tensor):
+        image = v2.functional.to_pil_image(image)
+    return read_photo(image)
+
+
 def transforms(config):
-    """(train, validation) transforms: PIL image or uint8 tensor -> float tensor (3, S, S)."""
+    """(train, validation) transforms: a path, encoded bytes, a PIL image or a uint8 tensor of the
+    same photo -> the same float tensor (3, S, S)."""
     size, preprocess = config["vision_cfg"]["image_size"], config["preprocess"]
     resize = {"interpolation": v2.InterpolationMode(preprocess["interpolation"]), "antialias": True}
     normalize = v2.Normalize(preprocess["mean"], preprocess["std"])
     scale = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalize]
-    train = [v2.RGB(), v2.RandomResizedCrop(size, scale=(0.6, 1.0), **resize)]
-    val = [v2.RGB(), v2.Resize(size, **resize), v2.CenterCrop(size)]  # RGB knows PIL's modes
+    train = [_photo, v2.RandomResizedCrop(size, scale=(0.6, 1.0), **resize)]
+    val = [_photo, v2.Resize(size, **resize), v2.CenterCrop(size)]
     return v2.Compose(train + scale), v2.Compose(val + scale)
 
 

@@ -1,15 +1,20 @@
 """Names become models of the promised sizes, mistakes name the nearest word, folding is exact."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import MODELS_AND_TOWERS, TINY, largest, randomise, tiny_model
 from PIL import Image
+from test_runtime import photo
+from torchvision.transforms import v2
 
 import jettclip
 from jettclip import checkpoints
-from jettclip.models import MODELS
+from jettclip.evaluate import embed_images
+from jettclip.models import MODELS, transforms
 
 SENTENCES = ["a red ring", "a large blue star on a grey ground, " * 8]
 
@@ -54,6 +59,9 @@ def test_encoding(name, tower):
     assert torch.allclose(normal_image, F.normalize(image, dim=1))
     assert torch.allclose(normal_text, F.normalize(text, dim=1))
     assert scale.item() == pytest.approx(1 / 0.07)
+    assert model.encode_image(images[:0]).shape == (0, model.config["embed_dim"])
+    with pytest.raises(ValueError, match=r"images of shape \(3, 64, 64\): this model reads \(B, 3"):
+        model.encode_image(images[0])
     assert 5e5 < sum(p.numel() for p in model.visual.parameters()) < 1.5e6
 
 
@@ -100,7 +108,7 @@ def test_reparameterize(name, tower):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P", "1", "CMYK"])
-def test_preprocessing(mode):
+def test_preprocessing(mode, tmp_path):
     _, train, val = jettclip.create_model_and_transforms("JettCLIP-T", **TINY)
     for size in ((80, 50), (20, 33)):
         pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
@@ -108,7 +116,21 @@ def test_preprocessing(mode):
         for tensor in (train(image), val(image)):
             assert tensor.shape == (3, 32, 32) and tensor.dtype == torch.float32
             assert tensor.min() >= 0 and 0.3 < tensor.max() <= 1
-        assert torch.equal(val(image), val(image.convert("RGB")))
+        image.save(file := io.BytesIO(), "PNG" if mode != "CMYK" else "TIFF")
+        (path := tmp_path / "photo").write_bytes(file.getvalue())
+        tensor = v2.functional.pil_to_tensor(image.convert("RGB"))
+        for source in (image.convert("RGB"), file.getvalue(), path, str(path), tensor):
+            assert torch.equal(val(source), val(image))
+
+
+def test_a_turned_photo_is_prepared_alike_by_path_and_by_pillow(tmp_path):
+    """The two ways of the README, and `evaluate.embed_images`."""
+    path, model = photo(tmp_path / "a.jpg", 6), tiny_model().eval()
+    val = transforms(model.config)[1]
+    pixels = torch.stack([val(path), val(Image.open(path))])
+    assert torch.equal(*pixels) and pixels[0, 0, 0, -1] > 0.9 > 0.1 > pixels[0, 0, 0, 0]
+    features = embed_images(model, [path])
+    assert torch.allclose(features, model.encode_image(pixels[:1], True), atol=1e-6)
 
 
 def test_pixels_are_scaled_and_nothing_else():

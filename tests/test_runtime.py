@@ -11,8 +11,6 @@ from test_features import exit_codes
 
 from jettclip.deploy import runtime
 from jettclip.deploy.export import drift
-from jettclip.inputs import read_photo
-from jettclip.models import model_config, transforms
 from jettclip.text import byte_pairs, tokenizer
 
 TEXTS = ["a red ring", "", "it's 2 cats &amp; a DOG", "a blue star, " * 100, "naïve “你好” 🙂"]
@@ -58,34 +56,6 @@ def test_tokens_are_the_models(exported):
     assert byte_pairs()[1] == runtime.TOKEN_PATTERN
 
 
-PHOTOS = [("RGB", (60, 90)), ("L", (200, 33)), ("RGBA", (32, 32)), ("P", (5, 7))]
-
-
-@pytest.mark.parametrize("mode, size", [*PHOTOS, ("RGB", (481, 640))])
-def test_pixels_are_the_models(mode, size):
-    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    image = Image.fromarray(noise).convert(mode)
-    for config in map(model_config, ("JettCLIP-T", "LongCLIP-B")):
-        scaling, size = config["preprocess"], config["vision_cfg"]["image_size"]
-        pixels, expected = runtime.transform(image, size, **scaling), transforms(config)[1](image)
-        np.testing.assert_allclose(pixels, expected, rtol=0, atol=1e-5 / max(scaling["std"]))
-
-
-@pytest.mark.parametrize("orientation, red", [(1, (0, 0)), (6, (1, 0)), (3, (1, 1)), (8, (0, 1))])
-def test_photos_are_turned_as_exif_says(orientation, red, tmp_path):
-    path = photo(tmp_path / "a.jpg", orientation)
-    for at_least in (None, 16):
-        image = read_photo(path, at_least)
-        width, height = image.size
-        assert (width > height) == (orientation in (1, 3)) and (at_least is None) == (width > 400)
-        for x, y in ((0, 0), (1, 0), (0, 1), (1, 1)):
-            pixel = image.getpixel((x * (width - 1), y * (height - 1)))
-            assert (pixel[0] > 200) == ((x, y) == red)
-    # 16 bits are scaled.
-    Image.fromarray(np.full((4, 4), 0x8000, dtype=np.uint16)).save(tmp_path / "a.png")
-    assert read_photo(tmp_path / "a.png").getpixel((0, 0)) == (128, 128, 128)
-
-
 def test_errors(exported, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="deploy.json is missing: name a folder of `exp"):
         runtime.load(tmp_path)
@@ -108,6 +78,12 @@ def test_a_damaged_export_is_named(file, content, exported, tmp_path):
     with pytest.raises(runtime.DamagedExport, match=f"export/{file} is .*delete the folder and"):
         loaded = runtime.load(folder)
         loaded.encode_text(["a"]), loaded.encode_image(np.zeros((1, 3, 32, 32)))
+
+
+def test_a_photo_is_the_same_as_path_bytes_and_pil_image(exported, tmp_path):
+    path = photo(tmp_path / "phone.jpg", orientation=6)
+    images = [path, str(path), path.read_bytes(), Image.open(path)]
+    assert not runtime.load(exported[1]).encode_image(images).std(axis=0).any()
 
 
 @pytest.mark.parametrize("empty", [[], np.zeros((0, 3, 32, 32)), np.zeros((0, 248))])

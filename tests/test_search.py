@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from multiprocessing import get_context
+from types import ModuleType
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -239,7 +240,7 @@ def test_the_command_line_needs_no_torch(folder, exported, update, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.html").touch()
     (tmp_path / "locked").touch()
-    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setitem(sys.modules, "gradio", ModuleType("gradio"))  # a folder of that name
     update()  # its index names no model
     with monkeypatch.context() as patch:  # before any work
         patch.setattr(search.PhotoIndex, "embed", lambda *_: pytest.fail("embeds"))
