@@ -2,8 +2,12 @@
 
 import json
 import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import tiny_model
@@ -33,14 +37,42 @@ def test_int8_is_near_and_for_onnxruntime_alone(exported, tmp_path):
     small = quantize(folder, tmp_path / "int8")
     change = drift(model, load(small), torch.rand(2, 3, 32, 32), TOKENIZE(TEXTS))
     assert min(change) > 1e-5 and max(change) < 0.1
+    assert load(small).identity != load(folder).identity
     for wrong in (lambda: load(small, "openvino"), lambda: quantize(small, tmp_path / "again")):
         with pytest.raises(ValueError, match="is int8 .* fp32"):
             wrong()
 
 
+def test_files_name_no_path_of_the_machine(exported):
+    for file in exported[1].iterdir():
+        content = file.read_bytes()
+        for path in (Path(__file__).parents[1], sys.prefix, Path(torch.__file__).parent, ".py"):
+            assert str(path).encode() not in content, file
+
+
+def test_identity_is_that_of_the_image_features(exported, monkeypatch, tmp_path):
+    model, folder = exported
+    monkeypatch.setattr(
+        "jettclip.deploy.export.write_graph", lambda *a: shutil.copy(folder / a[3].name, a[3])
+    )
+    monkeypatch.setattr("jettclip.deploy.export.drift", lambda *_: (0,))
+
+    def identity(model):
+        return load(export(model, tmp_path / "again")).identity
+
+    for tower, same in ((model.text, True), (model.visual, False)):
+        parameter = next(tower.parameters()).data
+        kept = parameter.clone()
+        parameter += 1
+        assert (identity(model) == load(folder).identity) == same
+        parameter.copy_(kept)
+    exact, rounded = (load(folder, backend).identity for backend in ("openvino", "openvino-bf16"))
+    assert exact == load(folder).identity != rounded
+
+
 def test_refuses_graphs_that_differ(exported, monkeypatch, tmp_path):
-    def write(program, f, **options):
-        shutil.copy(exported[1] / f.name, f)
+    def write(program, input_names, **options):
+        return SimpleNamespace(model_proto=onnx.load(exported[1] / f"{input_names[0]}.onnx"))
 
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept/notes.txt").write_text("mine")

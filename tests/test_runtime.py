@@ -1,5 +1,6 @@
 """The exported model gives PyTorch's features: same tokens, same pixels, any length, any rows."""
 
+import shutil
 import sys
 
 import numpy as np
@@ -10,7 +11,7 @@ from test_features import exit_codes
 
 from jettclip.deploy import runtime
 from jettclip.deploy.export import drift
-from jettclip.text import tokenizer
+from jettclip.text import byte_pairs, tokenizer
 
 TEXTS = ["a red ring", "", "it's 2 cats &amp; a DOG", "a blue star, " * 100, "naïve “你好” 🙂"]
 TOKENIZE = tokenizer(248)
@@ -52,13 +53,41 @@ def test_tokens_are_the_models(exported):
     odd = ["<start_of_text> !<end_of_text>", "&amp;lt; &#8217;", "schÃ¶n\n½ ſ\x1b[31m", "x" * 100]
     np.testing.assert_array_equal(tokenize([*TEXTS, *odd]), TOKENIZE([*TEXTS, *odd]))
     np.testing.assert_array_equal(tokenize("one", 77), TOKENIZE("one", 77))
+    assert byte_pairs()[1] == runtime.TOKEN_PATTERN
 
 
 def test_errors(exported, tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="has no deploy.json: name a folder that `export`"):
+    with pytest.raises(FileNotFoundError, match="deploy.json is missing: name a folder of `exp"):
         runtime.load(tmp_path)
     with pytest.raises(ValueError, match=r"tokens are \(2, 300\): use \(N, up to 248\)"):
         runtime.load(exported[1]).encode_text(np.ones((2, 300), dtype=np.int64))
+    with pytest.raises(ValueError, match=r"images are \(2, 3, 9, 9\): use \(N, 3, 32, 32\)"):
+        runtime.load(exported[1]).encode_image(np.ones((2, 3, 9, 9)))
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(ImportError, match=r"openvino needs OpenVINO: pip install 'jettclip\["):
         runtime.load(exported[1], "openvino").encode_text(["a star"])
+
+
+@pytest.mark.parametrize("file", ["deploy.json", "tokenizer.json", "image.onnx", "text.onnx"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", None])
+def test_a_damaged_export_is_named(file, content, exported, tmp_path):
+    """None: a whole file, but another one than was exported."""
+    folder = shutil.copytree(exported[1], tmp_path / "export")
+    other = {"image.onnx": "text.onnx", "text.onnx": "image.onnx"}.get(file, "text.onnx")
+    (folder / file).write_bytes((exported[1] / other).read_bytes() if content is None else content)
+    with pytest.raises(runtime.DamagedExport, match=f"export/{file} is .*delete the folder and"):
+        loaded = runtime.load(folder)
+        loaded.encode_text(["a"]), loaded.encode_image(np.zeros((1, 3, 32, 32)))
+
+
+def test_a_photo_is_the_same_as_path_bytes_and_pil_image(exported, tmp_path):
+    path = photo(tmp_path / "phone.jpg", orientation=6)
+    images = [path, str(path), path.read_bytes(), Image.open(path)]
+    assert not runtime.load(exported[1]).encode_image(images).std(axis=0).any()
+
+
+@pytest.mark.parametrize("empty", [[], np.zeros((0, 3, 32, 32)), np.zeros((0, 248))])
+def test_no_rows_give_no_features(empty, exported):
+    encode = "encode_image" if getattr(empty, "ndim", 4) == 4 else "encode_text"
+    assert getattr(runtime.load(exported[1]), encode)(empty).shape == (0, 16)
+    assert runtime.load(exported[1]).encode_text([]).shape == (0, 16)

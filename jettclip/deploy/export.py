@@ -1,6 +1,5 @@
 """Write a model as ONNX graphs that `jettclip.deploy.runtime` runs without PyTorch."""
 
-import hashlib
 import importlib.metadata
 import logging
 import shutil
@@ -9,10 +8,12 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
+import onnx
 import torch
 import torch.nn.functional as F
 
 from ..models import reparameterize
+from ..runs import weights_hash
 from ..text import byte_pairs, tokenizer
 from ..utils import write_json
 from . import runtime
@@ -42,18 +43,19 @@ def export(model, folder):
 
     Raises RuntimeError, and writes nothing, if the graphs differ from PyTorch by over TOLERANCE.
     """
-    model, (bpe, split) = reparameterize(model).cpu(), byte_pairs()
     size, length, trims = model.image_size, model.context_length, model.text.trims
     config = {key: model.config[key] for key in ("text_tower", "embed_dim", "preprocess")}
     config |= {"model": model.name, "precision": "fp32", "opset": ONNX["opset_version"]}
-    config |= {"image_size": size, "context_length": length, "trims": trims, "token_pattern": split}
+    config |= {"image_size": size, "context_length": length, "trims": trims}
+    config["image_weights"] = weights_hash(model.visual)  # before folding, which rounds
+    model = reparameterize(model).cpu()
     images = torch.rand(3, 3, size, size)
     tokens = tokenizer(length)(["a long description " * n for n in (0, 1, 5, 25, 125)])
     quiet = warnings.catch_warnings(action="ignore", category=FutureWarning)  # of PyTorch's own
     with new_export(folder) as temporary, torch.no_grad(), quiet:
         write_graph(model.visual, images, (0,), temporary / "image.onnx")
         write_graph(model.text, tokens, (0, 1) if trims else (0,), temporary / "text.onnx")
-        bpe.save(str(temporary / "tokenizer.json"))
+        byte_pairs()[0].save(str(temporary / "tokenizer.json"))
         write_config(temporary, config)
         difference = max(drift(model, runtime.load(temporary), images, tokens))
         if not difference <= TOLERANCE:  # refuses NaN too
@@ -66,7 +68,12 @@ def write_graph(tower, example, dynamic, path):
     """Export `tower` as ONNX; the axes `dynamic` of its input may have any size."""
     shapes = {axis: torch.export.Dim.DYNAMIC for axis in dynamic}
     program = torch.export.export(Graph(tower).eval(), (example,), dynamic_shapes=(shapes,))
-    torch.onnx.export(program, f=path, input_names=[path.stem], output_names=["features"], **ONNX)
+    names = {"input_names": [path.stem], "output_names": ["features"]}
+    model = torch.onnx.export(program, **names, **ONNX).model_proto
+    for fields in (model.graph.node, model.graph.value_info, model.graph.input, [model.graph]):
+        for field in fields:  # they name source files of this machine
+            field.ClearField("metadata_props")
+    onnx.save(model, path)
 
 
 def quantize(folder, output):
@@ -76,15 +83,17 @@ def quantize(folder, output):
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic  # takes a second
 
-    config = runtime.load(folder).config
+    exported = runtime.load(folder)
+    config = exported.config
     if config["precision"] != "fp32":
         raise ValueError(f"{folder} is {config['precision']} already: quantize an fp32 export")
     options = {"op_types_to_quantize": ["MatMul"], "weight_type": QuantType.QInt8}
+    options["per_channel"] = True
     with new_export(output) as temporary:
-        shutil.copy(Path(folder) / "tokenizer.json", temporary)
+        shutil.copy(exported.checked("tokenizer.json"), temporary)
         logging.disable(logging.WARNING)  # it asks for shape inference, which the exporter did
         for graph in GRAPHS:
-            quantize_dynamic(Path(folder) / graph, temporary / graph, per_channel=True, **options)
+            quantize_dynamic(exported.checked(graph), temporary / graph, **options)
         logging.disable(logging.NOTSET)
         write_config(temporary, {**config, "precision": "int8"})
     return Path(output)
@@ -114,7 +123,7 @@ def new_export(folder):
 
 
 def write_config(folder, config):
-    """Write deploy.json: `config`, the versions that made the export, and hashes of its graphs."""
+    """Write deploy.json: `config`, the versions that made the export, and hashes of its files."""
     versions = {p: importlib.metadata.version(p) for p in ("torch", "onnx", "onnxruntime")}
-    hashes = {g: hashlib.sha256((folder / g).read_bytes()).hexdigest() for g in GRAPHS}
+    hashes = {file: runtime.file_hash(folder / file) for file in (*GRAPHS, "tokenizer.json")}
     write_json(folder / runtime.CONFIG, config | {"versions": versions, "sha256": hashes})

@@ -1,5 +1,6 @@
 """Run an exported model without PyTorch, in ONNX Runtime or OpenVINO: NumPy arrays in and out."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -9,10 +10,14 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from ..inputs import Tokenizer, read_photo, transform
+from ..inputs import Tokenizer, transform
 
 CONFIG = "deploy.json"
 BACKENDS = ("onnxruntime", "openvino", "openvino-bf16")
+IMAGE_KEYS = ("image_weights", "image_size", "preprocess", "precision", "embed_dim")
+# open_clip's: no regular expression is read from a file.
+TOKEN_PATTERN = r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|"
+TOKEN_PATTERN += r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 IMAGE_BATCH, TEXT_BATCH = 8, 32  # larger batches take memory and gain nothing
 
 
@@ -27,39 +32,69 @@ def load(folder, backend="onnxruntime", threads=None):
     return ExportedModel(Path(folder), backend, threads)
 
 
+def file_hash(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def installed_backends():
     """Those of BACKENDS whose package is installed."""
     return [backend for backend in BACKENDS if importlib.util.find_spec(backend.split("-")[0])]
+
+
+class DamagedExport(ValueError):
+    """A file of an export folder is not what `export` writes today."""
+
+    def __init__(self, path):
+        problem = "is missing, damaged, changed since or of another version"
+        super().__init__(f"{path.absolute()} {problem}: delete the folder and export again")
 
 
 class ExportedModel:
     """Both towers of an export folder. Features are normalised float32 (N, embed_dim).
 
     config: the folder's deploy.json. tokenizer, transform: those of the PyTorch model, in NumPy.
+    identity: all that the features of an image depend on.
     """
 
     def __init__(self, folder, backend, threads=0):
-        if not (folder / CONFIG).is_file():
-            raise FileNotFoundError(f"{folder} has no {CONFIG}: name a folder that `export` wrote")
-        self.folder, self.config = folder, json.loads((folder / CONFIG).read_text())
+        self.folder, path = folder, folder / CONFIG
+        if not path.is_file():
+            raise FileNotFoundError(f"{path.absolute()} is missing: name a folder of `export`")
+        try:
+            self.config = json.loads(path.read_text("utf-8"))
+            made_of = [self.config[key] for key in IMAGE_KEYS]
+            self.context_length, self.hashes = self.config["context_length"], self.config["sha256"]
+        except (ValueError, TypeError, KeyError):
+            raise DamagedExport(path) from None
+        self.identity = json.dumps([*made_of, backend == "openvino-bf16"])
         if self.config["precision"] == "int8" and backend != "onnxruntime":
             raise ValueError(f"{folder} is int8 for onnxruntime; {backend} runs an fp32 export")
         self.image_size = self.config["image_size"]
-        self.context_length = self.config["context_length"]
-        bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.tokenizer = Tokenizer(bpe, self.config["token_pattern"], self.context_length)
+        bpe = tokenizers.Tokenizer.from_file(str(self.checked("tokenizer.json")))
+        self.tokenizer = Tokenizer(bpe, TOKEN_PATTERN, self.context_length)
         self.transform = partial(transform, image_size=self.image_size, **self.config["preprocess"])
         # Opens "image" or "text" when it is first used.
-        self.tower = cache(lambda name: open_graph(folder / f"{name}.onnx", backend, threads))
+        self.tower = cache(lambda name: open_graph(self.checked(f"{name}.onnx"), backend, threads))
+
+    def checked(self, name):
+        """Path of a file of the folder, which is the one that was exported."""
+        path = self.folder / name
+        if path.is_file() and file_hash(path) == self.hashes.get(name):
+            return path
+        raise DamagedExport(path)
 
     def encode_image(self, images):
-        """Images (N, 3, S, S) from `transform`, or a list of PIL images and paths -> features."""
+        """Pixels (N, 3, S, S) from `transform`, or a list of paths, bytes or PIL images."""
         if not hasattr(images, "shape"):
-            opened = (read_photo(i) if isinstance(i, (str, Path)) else i for i in images)
-            images = np.stack([self.transform(image) for image in opened])
-        images = np.asarray(images, dtype=np.float32)
-        tower, starts = self.tower("image"), range(0, len(images), IMAGE_BATCH)
-        return np.concatenate([tower(images[i : i + IMAGE_BATCH]) for i in starts])
+            images = [self.transform(image) for image in images]
+        images, shape = np.asarray(images, dtype=np.float32), (3, self.image_size, self.image_size)
+        if len(images) and images.shape[1:] != shape:
+            raise ValueError(f"images are {images.shape}: use (N, {', '.join(map(str, shape))})")
+        features = np.empty((len(images), self.config["embed_dim"]), dtype=np.float32)
+        for start in range(0, len(images), IMAGE_BATCH):
+            rows = slice(start, start + IMAGE_BATCH)
+            features[rows] = self.tower("image")(images[rows])
+        return features
 
     def encode_text(self, texts):
         """Texts, or 0-padded tokens (N, up to context_length) -> features.
@@ -76,7 +111,8 @@ class ExportedModel:
         end = tokens.argmax(axis=1)  # (N, L) -> (N,): the end token has the highest id
         order = end.argsort()
         features = np.empty((len(tokens), self.config["embed_dim"]), dtype=np.float32)
-        for rows in np.split(order, range(TEXT_BATCH, len(order), TEXT_BATCH)):
+        for start in range(0, len(order), TEXT_BATCH):
+            rows = order[start : start + TEXT_BATCH]
             length = end[rows[-1]] + 1 if self.config["trims"] else self.context_length
             features[rows] = self.tower("text")(tokens[rows, :length])
         return features
