@@ -258,7 +258,10 @@ class Batches(Dataset):
 
     def __getitem__(self, dataset_and_batch):
         dataset, batch = dataset_and_batch
-        return dataset.batch(batch)
+        try:
+            return dataset.batch(batch)
+        except RuntimeError as error:  # for `loader` to raise: a worker would add its traceback
+            return error
 
 
 def dataset_for(model, table, crops=None, draws=False):
@@ -294,6 +297,8 @@ def loader(dataset, batches, device="cpu"):
         generator=torch.Generator(),  # the global one would move once more in a resumed run
     )
     for batch, tensors in zip(batches, loaded, strict=True):
+        if isinstance(tensors, RuntimeError):
+            raise tensors
         rows, ks = torch.as_tensor(np.asarray(batch)).T
         pixels, long, short = (x.to(device, non_blocking=True) for x in tensors)
         yield rows, ks, dataset.scaled(pixels), long, short

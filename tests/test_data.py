@@ -273,7 +273,7 @@ def test_a_changed_image_is_noticed(table, tmp_path, monkeypatch):
     path.write_bytes(table.image[1])
     with pytest.raises(RuntimeError, match=rf"{changed} 00 again \({path}: other contents\)"):
         dataset[1, 0]
-    with pytest.raises(RuntimeError, match=f"{changed}.* 00 again"):
+    with pytest.raises(RuntimeError, match=f"^{changed}.* 00 again"):
         list(data.loader(dataset, [[(1, 0)]]))  # by a worker
     path.unlink()
     with pytest.raises(RuntimeError, match=rf"{changed} 00 again \({path}: No such file"):
