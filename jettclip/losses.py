@@ -40,8 +40,15 @@ class Features(NamedTuple):
         return Features(self.text, self.image, self.scale, tuple(f.flip() for f in self.teachers))
 
 
+def single(x):
+    """x in float32 at least: bfloat16 would round logits by up to a quarter."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def normalised(image, text, scale):
-    return Features(F.normalize(image, dim=1), F.normalize(text, dim=1), scale)
+    if not len(image) == len(text) > 0:
+        raise ValueError(f"a loss of {len(image)} images and {len(text)} texts: pair at least one")
+    return Features(F.normalize(single(image), dim=1), F.normalize(single(text), dim=1), scale)
 
 
 def both_ways(loss, *features):
@@ -101,7 +108,7 @@ def primary_components(features, k=32):
     """
     if min(features.shape) <= k or len(features) == k + 1 or not torch.isfinite(features).all():
         return features
-    x = features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
+    x = single(features)
     mean = x.mean(dim=0, keepdim=True)
     return (mean + _Project.apply(x - mean, k)).to(features.dtype)
 
@@ -250,7 +257,8 @@ def total_loss(
     captions meet the primary components of the batch's images; pairs="long" does not distil them.
     Further arguments go to `distill_loss`.
     """
-    (image, long, short, *masked), (a_long, a_short, d_long, d_short) = student, weights
+    image, long, short, *masked = map(single, student)
+    a_long, a_short, d_long, d_short = weights
     terms = {"contrastive_long": a_long * contrastive_loss(image, long, scale, label_smoothing)}
     image_short = primary_components(F.normalize(image, dim=1), components)
     if a_short:  # the rebuilt features keep their length, as in Long-CLIP

@@ -6,12 +6,15 @@ import os
 import pickle
 import shutil
 import time
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from .distributed import is_first, rank, wait_for_all
 from .utils import write_json, write_then_rename
@@ -26,6 +29,18 @@ def lock(folder):
         return FileLock(folder / f".lock{rank()}").acquire(timeout=LOCK_SECONDS)
     except Timeout:
         raise RuntimeError(f"another process trains in {folder}: wait, or stop it") from None
+
+
+@contextmanager
+def disk_space(folder):
+    """What cannot be written to a run folder is an OSError that says so, not PyTorch's own."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        (folder / "new.ckpt").unlink(missing_ok=True)  # half a file
+        free, reason = shutil.disk_usage(folder).free / 1e9, str(error).splitlines()[0]
+        problem = f"cannot write to {folder}, where {free:.3f} GB are free ({reason:.100})"
+        raise OSError(f"{problem}: make room; the run resumes from its checkpoint") from error
 
 
 def save_checkpoint(folder, state):
@@ -107,9 +122,10 @@ class Run:
 
     def save(self):
         """Write last.ckpt and history.csv."""
-        save_checkpoint(self.folder, self.state())
         table, self.saved = pd.DataFrame(self.history), time.monotonic()
-        write_then_rename(self.folder / "history.csv", lambda path: table.to_csv(path, index=False))
+        with disk_space(self.folder):
+            save_checkpoint(self.folder, self.state())
+            write_then_rename(self.folder / "history.csv", partial(table.to_csv, index=False))
 
     def minute_passed(self):  # since the last checkpoint
         return time.monotonic() - self.saved > SAVE_SECONDS
@@ -126,16 +142,26 @@ class Run:
         times = f"{seconds:.0f} s, about {seconds / step * (steps - step):.0f} s left"
         self.report(f"{self.folder.name} step {step}/{steps} {numbers} | {times}")
 
-    def not_finite(self, terms, features, keys):
-        """Save what is needed to look into a loss that is no number -> the error."""
-        bad = ~torch.stack([f.isfinite().all(dim=1) for f in features]).all(dim=0)  # (B,)
-        keys = [str(key) for key, is_bad in zip(keys, bad.tolist(), strict=True) if is_bad]
-        file, state = self.folder / "not-finite.ckpt", {**self.state(), "keys": keys}
+    def not_finite(self, terms, features, gradients, keys):
+        """Save what is needed to look into a loss or gradient that is no number -> the error.
+
+        It names rows of features, or if all are finite those of their gradients, (B, d) each.
+        """
+        sides = (torch.cat(side, dim=1).isfinite().all(dim=1) for side in (features, gradients))
+        finite = next((side for side in sides if not side.all()), None)  # (B,)
+        bad = [] if finite is None else [str(keys[i]) for i in (~finite).nonzero()]
+        file, state = (
+            self.folder / "not-finite.ckpt",
+            {**self.state(), "keys": bad or [*map(str, keys)]},
+        )
         if is_first():
             write_then_rename(file, lambda path: torch.save(state, path))
         wait_for_all()  # the first error ends all processes
-        losses, rows = {k: t.item() for k, t in terms.items()}, ", ".join(keys[:5]) or "none"
+        losses, rows = {k: t.item() for k, t in terms.items()}, ", ".join(bad[:5]) or "none"
+        gradients = ((name, p.grad) for name, p in self.model.named_parameters())
+        broken = [name for name, g in gradients if g is not None and not g.isfinite().all()]
         return FloatingPointError(
             f"loss is {sum(losses.values())} at step {self.step} of {self.folder}: {losses}; rows "
-            f"of features that are not finite: {rows}; weights are in {file}; try a lower lr"
+            f"of features or their gradients that are not finite: {rows}; {len(broken)} parameters "
+            f"have such a gradient: {', '.join(broken[:3])}; weights are in {file}; try a lower lr"
         )

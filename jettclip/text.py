@@ -70,8 +70,10 @@ class TextTower(nn.Module):
     def forward(self, tokens):
         """Tokens (B, up to context_length), 0-padded -> features (B, output_dim)."""
         shape, longest = tuple(tokens.shape), self.context_length
-        if len(shape) != 2 or shape[1] > longest:
+        if len(shape) != 2 or not 1 <= shape[1] <= longest:
             raise ValueError(f"tokens of shape {shape}: this model reads (B, up to {longest})")
+        if not len(tokens):
+            return self.text_projection.new_empty(0, self.text_projection.shape[1])
         end = tokens.argmax(dim=1)  # (B, L) -> (B,)
         length = int(end.max()) + 1 if self.trims else longest
         tokens = F.pad(tokens, (0, length - shape[1]))  # cuts where this is negative
@@ -156,10 +158,11 @@ class TokenBatchNorm(nn.BatchNorm1d):
         mean = (x * real).sum((0, 1)) / n  # (d,)
         centred = (x - mean) * real
         variance = centred.square().sum((0, 1)) / n
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * n / (n - 1).clamp(min=1), self.momentum)
         return torch.addcmul(self.bias, centred, self.weight * (variance + self.eps).rsqrt())
 
     def fold(self, kernel):

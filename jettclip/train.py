@@ -7,9 +7,11 @@ Notebook 02 calls `fit` or writes the job. A run folder holds `config.json`, `hi
 `last.ckpt` and at the end `student/`. A killed run resumes and ends with the very same bytes.
 """
 
+import copy
 import json
 import math
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from . import distributed
@@ -28,7 +32,7 @@ from .evaluate import recall
 from .features import FeatureCache
 from .losses import Heads, parse_method, total_loss
 from .models import create_model
-from .runs import Run, lock
+from .runs import Run, disk_space, lock
 from .utils import nearest, progress
 
 
@@ -79,13 +83,27 @@ def learning_rate(step, config):
 
 
 def optimizer_of(model, config, heads=None):
-    """AdamW; norms, biases, scales and positions carry no weight decay."""
+    """AdamW. Only kernels, matrices and word embeddings decay: no norms, biases, scales, positions
+    or class tokens."""
     groups = [{"params": [], "weight_decay": decay} for decay in (config.weight_decay, 0.0)]
     for name, p in (*model.named_parameters(), *(heads.named_parameters() if heads else ())):
-        plain = p.ndim < 2 or "positional" in name or "layer_scale" in name
-        groups[plain]["params"].append(p)
+        decays = p.ndim > 1 and name.endswith(("weight", "proj", "projection"))
+        groups[not decays]["params"].append(p)
     fused = model.logit_scale.is_cuda or None
     return torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.98), eps=1e-6, fused=fused)
+
+
+@contextmanager
+def keep_statistics(model):
+    """Batch norms go by the statistics of their batch and do not remember them for evaluation."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def encode(model, inputs, bf16=False):
@@ -95,40 +113,51 @@ def encode(model, inputs, bf16=False):
         image = model.encode_image(images)
         # Both captions at once: batch norm has one set of statistics for them in evaluation, too.
         text = model.encode_text(torch.cat([long, short])).split(len(long))  # (2B, d) -> 2 x (B, d)
-        return [f.float() for f in (image, *text, *map(model.encode_image, masked))]
+        with keep_statistics(model):  # in evaluation nothing is masked
+            return [f.float() for f in (image, *text, *map(model.encode_image, masked))]
+
+
+@torch.no_grad()
+def reestimate(model, batches):
+    """A copy of `model` whose batch norms hold the mean statistics of `batches`, as of `loader`."""
+    model = copy.deepcopy(model).train()
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    for done, (_, _, *inputs) in enumerate(batches, 1):
+        for norm in norms:
+            norm.momentum = 1 / done
+        encode(model, inputs)
+    return model.eval()
 
 
 def backward(model, inputs, objective, config):
-    """Gradients of objective(features of inputs), where it is finite -> (loss, terms, features)."""
+    """Gradients of objective(features of inputs) -> (loss, terms, features with gradients)."""
     if 0 < config.chunk < len(inputs[0]):
         return grad_cache(model, inputs, objective, config)
     features = encode(model, inputs, config.bf16)
+    for f in features:
+        f.retain_grad()
     loss, terms = objective(features)
-    if torch.isfinite(loss):
-        loss.backward()
+    loss.backward()
     return loss, terms, features
 
 
 def grad_cache(model, inputs, objective, config):
-    """`backward` in chunks of rows (Gao et al., GradCache, 2021). Batch norm sees single chunks.
+    """`backward` in equal chunks of rows (Gao et al., GradCache, 2021), as batch norm sees them.
 
     First all features, then the gradients of the loss with respect to them, then each chunk again,
     through which its gradients flow back.
     """
-    chunks = list(zip(*(x.split(config.chunk) for x in inputs), strict=True))
-    statistics = [buffer.clone() for buffer in model.buffers()]  # only the second pass counts
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    n = math.ceil(len(inputs[0]) / config.chunk)
+    chunks = list(zip(*(x.tensor_split(n) for x in inputs), strict=True))
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), keep_statistics(model):
         features = zip(*(encode(model, chunk, config.bf16) for chunk in chunks), strict=True)
         features = [torch.cat(f).requires_grad_() for f in features]
-        for buffer, before in zip(model.buffers(), statistics, strict=True):
-            buffer.copy_(before)
     loss, terms = objective(features)
-    if torch.isfinite(loss):
-        loss.backward()  # reaches the features, the logit scale and the heads
-        gradients = (torch.zeros_like(f) if f.grad is None else f.grad for f in features)
-        gradients = zip(*(g.split(config.chunk) for g in gradients), strict=True)
-        for chunk, gradient in zip(chunks, gradients, strict=True):
-            torch.autograd.backward(encode(model, chunk, config.bf16), gradient)
+    loss.backward()  # reaches the features, the logit scale and the heads
+    gradients = (torch.zeros_like(f) if f.grad is None else f.grad for f in features)
+    gradients = zip(*(g.tensor_split(n) for g in gradients), strict=True)
+    for chunk, gradient in zip(chunks, gradients, strict=True):
+        torch.autograd.backward(encode(model, chunk, config.bf16), gradient)
     return loss, terms, features
 
 
@@ -153,12 +182,18 @@ def batches_after(step, dataset, config, device):
 def check(config, dataset, caches):
     """Refuse what cannot be trained."""
     size, processes = config.batch_size, world_size()
+    if config.steps < 1 or size < 2:
+        raise ValueError(f"{config.steps} steps of {size} pairs: train at least 1 step of 2 pairs")
     if config.method != "none" and not caches:
         raise ValueError(f"method {config.method!r} distils: it needs a feature cache")
     if len(dataset) < size:
         raise ValueError(f"{len(dataset)} training pairs do not fill a batch_size of {size}")
     if size % processes:
         raise ValueError(f"batch_size {size} does not divide among {processes} processes")
+    for cache in caches:
+        if not np.array_equal(cache.crops[:, : dataset.crops.shape[1]], dataset.crops):
+            problem = f"the feature cache {cache.folder} is of other rows or crops than the data"
+            raise ValueError(f"{problem}: run notebook 01 again")
 
 
 def fit(model, config, dataset, folder, cache=None, validate=None, report=tqdm.write):
@@ -195,7 +230,6 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=tqdm.w
         batches = batches_after(run.step, dataset, config, device)
         batches = progress(batches, config.steps, folder.name, run.step, report)
         for rows, ks, images, *captions in batches:
-            # gradients
             run.step += 1
             model.train()
             images = images.contiguous(memory_format=torch.channels_last)
@@ -207,9 +241,6 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=tqdm.w
             optimizer.zero_grad(set_to_none=True)
             loss_of = partial(objective, teacher=teacher)
             loss, terms, features = backward(model, inputs, loss_of, config)
-            if not torch.isfinite(loss):
-                keys = [dataset.keys[row] for row in gather(rows.to(device)).tolist()]
-                raise run.not_finite(terms, [*map(gather, features), *teacher], keys)
 
             # update
             if config.frozen_positions:
@@ -217,7 +248,12 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=tqdm.w
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(run.step - 1, config)
             average_gradients(trained)
-            nn.utils.clip_grad_norm_(trained, 1.0)
+            norm = get_total_norm([p.grad for p in trained if p.grad is not None])
+            if not torch.isfinite(loss + norm):  # no weight takes it, no checkpoint holds it
+                keys = [dataset.keys[row] for row in gather(rows.to(device)).tolist()]
+                gradients = [gather(f.grad) for f in features if f.grad is not None]
+                raise run.not_finite(terms, [*map(gather, features), *teacher], gradients, keys)
+            clip_grads_with_norm_(trained, 1.0, norm)
             optimizer.step()
             model.logit_scale.data.clamp_(0, math.log(100))  # CLIP, section 2.5
 
@@ -230,7 +266,8 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=tqdm.w
                 run.save()
         model.to(memory_format=torch.contiguous_format).eval()
         if is_first():
-            save_folder(model, folder / "student")
+            with disk_space(folder):
+                save_folder(model, folder / "student")
     return model
 
 

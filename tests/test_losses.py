@@ -200,6 +200,28 @@ def test_total_by_its_terms():
     assert near(loss, sum(expected.values()), rel=1e-5)
 
 
+@pytest.mark.parametrize("bits", [torch.bfloat16, torch.float16])
+def test_losses_are_computed_in_float32(bits):
+    """Of features rounded to 16 bits: the loss is that of the same features in 32 bits."""
+    rounded = [f.to(bits) for f in LONG_AND_SHORT], [f.to(bits) for f in TAUGHT]
+    method = {"method": "+".join(name for name in METHODS if name not in ("mfd", "afd"))}
+    loss = total_loss(*rounded, torch.tensor(100.0), components=6, **method)[0]
+    exact = [[f.float() for f in side] for side in rounded]
+    assert loss.dtype == torch.float32
+    assert near(loss, total_loss(*exact, torch.tensor(100.0), components=6, **method)[0], rel=2e-2)
+    assert contrastive_loss(*rounded[0][:2], 100.0) == contrastive_loss(*exact[0][:2], 100.0)
+
+
+@pytest.mark.parametrize("images, texts", [(0, 0), (2, 3), (1, 0)])
+def test_a_loss_needs_pairs(images, texts):
+    features = torch.ones(images, 4), torch.ones(texts, 4)
+    for loss in (contrastive_loss, partial(distill_loss, "fd", *features, student_scale=1.0)):
+        arguments = (*features, 1.0) if loss is contrastive_loss else features
+        with pytest.raises(ValueError, match=f"a loss of {images} images and {texts} texts"):
+            loss(*arguments)
+    assert contrastive_loss(torch.ones(1, 4), torch.ones(1, 4), 1.0) == 0
+
+
 def test_which_terms_there_are():
     total = partial(total_loss, LONG_AND_SHORT, TAUGHT, 10.0, components=6)
     assert list(total(weights=(1, 0, 0, 0))[1]) == ["contrastive_long"]

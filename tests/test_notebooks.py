@@ -202,3 +202,16 @@ def test_the_cells_of_02_train_what_a_job_file_trains(smoke, start_steps, monkey
         students.append(load_folder(run / variant / "student").state_dict())
     from_cells, from_job = students
     assert all(from_cells[name].equal(from_job[name]) for name in from_job)
+
+
+def test_the_teachers_that_are_named_teach_and_no_others(smoke, monkeypatch):
+    """The cache of a teacher that was named once is still there."""
+    run, values = smoke
+    monkeypatch.chdir(run.parent.parent / "notebooks")
+    monkeypatch.syspath_prepend(NOTEBOOKS)
+    shutil.copytree(run / "teacher/cache", run / "teacher/cache-second")
+    for teachers in ({}, {"second": "second.pt"}):
+        changed = {"variant": f"teachers{len(teachers)}", "method": "fd", "steps": 1}
+        execute("02_train", **values | changed, more_teachers=teachers)
+        settings = json.loads((run / changed["variant"] / "config.json").read_text())
+        assert len(settings["teachers"]) == 1 + len(teachers)

@@ -191,9 +191,18 @@ def test_stretched_tower_uses_the_full_context():
 
 @pytest.mark.parametrize("make", [hybrid, causal])
 def test_too_many_tokens(make):
-    for tokens in (torch.ones(2, 249, dtype=torch.long), torch.ones(5, dtype=torch.long)):
+    for shape in ((2, 249), (2, 0), (5,)):
+        tokens = torch.ones(shape, dtype=torch.long)
         with pytest.raises(ValueError, match=r"this model reads \(B, up to 248\)"):
             make()(tokens)
+
+
+@pytest.mark.parametrize("make", [hybrid, causal, bidirectional])
+def test_no_captions_and_one_of_one_token(make):
+    tower = make().train()
+    assert tower(torch.zeros(0, 248, dtype=torch.long)).shape == (0, 8)
+    assert tower(torch.full((1, 1), END)).isfinite().all()
+    assert all(buffer.isfinite().all() for buffer in tower.buffers())
 
 
 def test_length_groups_keep_the_order():
