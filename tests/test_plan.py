@@ -40,7 +40,8 @@ PARAMETERS["04_retrieval"] = """\
 variants = []
 data_root = ""  # path of the data
 test_sets = {}  # name: [source, path below data_root]
-results = ""  # path to write"""
+results = ""  # path to write
+against = ["none"]"""
 PROFILE = "size: 32\nrate: 1e-5\nvariants:\n- {method: [fd, crd], pairs: both, seed: 0}\n"
 STEPS = ["data", "teacher", "fd-both-s0", "crd-both-s0"]
 STEPS += ["deploy", "retrieval", "details", "report", "search"]
@@ -136,6 +137,8 @@ REFUSED = {
     "test_sets: {A: folder}": "test_sets, A: 'folder' is not of the type",
     "test_sets: {A: [folder]}": "test_sets, A: \\['folder'\\] has to have 2 items",
     "test_sets: {A: [foldr, a]}": "test_sets, A: choice 'foldr' is unknown: did you mean 'folder'",
+    "against: [FD-both]": "against: run 'FD-both' is unknown: did you mean 'fd-both'",
+    "against: fd-both": "against: 'fd-both' is not of the type",
     "source: folder": "data_root: name the folder of the data, or set .* JETTCLIP_DATA",
     "7: 1": "parameter 7 is unknown",
     "variants: [{7: 1}]": "parameter 7 is unknown",

@@ -230,7 +230,13 @@ def read_profile(path):
     root = values.pop("data_root", "") or os.environ.get("JETTCLIP_DATA", "")
     if values.get("source", "scenes") != "scenes" or {"test_sets", "classify"} & values.keys():
         values["data_root"] = root  # else nothing is read from there, and another is no change
-    return values, expand_variants(values.pop("variants", None))
+    runs = expand_variants(values.pop("variants", None))
+    seeded = sorted({run.rpartition("-s")[0] for run in runs} - {""})
+    against = values.get("against", [])
+    for name in against if isinstance(against, list) else []:
+        if name not in seeded:  # else notebook 04 would compare with nothing, and say nothing
+            raise ValueError("against: " + nearest(name, seeded, "run"))
+    return values, runs
 
 
 def plan(profile, root="."):
