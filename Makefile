@@ -77,15 +77,16 @@ sweep: .venv/.cluster
 unlock: setup
 	@$(BIN)/python -m snakemake --config profile=$(PROFILE) --unlock
 
+# A relative folder of data is that from here, not from notebooks/.
 lab: setup
-	cd notebooks && ../$(BIN)/jupyter lab
+	cd notebooks && $(if $(filter-out /% ~%,$(firstword $(JETTCLIP_DATA))),JETTCLIP_DATA="$(CURDIR)/$$JETTCLIP_DATA") ../$(BIN)/jupyter lab
 
 bench: setup
 	@mkdir -p runs/benchmarks
 	@set -e; for name in $(BENCH); do \
 		JUPYTER_PATH="$(CURDIR)/workflow" $(BIN)/python -m papermill notebooks/benchmarks/$$name.ipynb \
 			runs/benchmarks/$$name.ipynb -k python3 -l python --cwd notebooks --no-progress-bar --log-level ERROR \
-			--stdout-file - --stderr-file - $(if $(CAPTIONS),-p captions "$(abspath $(CAPTIONS))"); done
+			--stdout-file - --stderr-file - $(if $(CAPTIONS),-p captions "$(if $(filter /% ~%,$(firstword $(CAPTIONS))),,$(CURDIR)/)$(CAPTIONS)"); done
 
 clean:
 	@test -f notebooks/profiles/$(PROFILE).yaml || { echo "no profile '$(PROFILE)'"; exit 1; }

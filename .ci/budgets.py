@@ -14,9 +14,9 @@ package = sorted(ROOT.glob("jettclip/**/*.py"))
 code = package + [
     path for path in ROOT.glob("*/*.py") if path.parts[-2] in ("notebooks", "report", "workflow")
 ]
-print(f"jettclip/: {size(package)} lines of 3600")
-print(f"with notebooks/*.py, report/ and workflow/: {size(code)} lines of 4600")
-print(f"tests/: {size(ROOT.glob('tests/**/*.py'))} lines of 4000")
+print(f"jettclip/: {size(package)} lines of 4200")
+print(f"with notebooks/*.py, report/ and workflow/: {size(code)} lines of 5200")
+print(f"tests/: {size(ROOT.glob('tests/**/*.py'))} lines of 4600")
 for path in code:
     name = path.relative_to(ROOT)
     if size([path]) > 350:

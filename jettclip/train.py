@@ -307,7 +307,7 @@ def start(job, processes=1):
     """Train by the job file `job`: here, or in `processes` processes whose lines are printed."""
     if processes > 1:
         return distributed.torchrun("jettclip.train", job, processes)
-    return run(json.loads(Path(job).read_text()))
+    return run(json.loads(Path(job).read_text(encoding="utf-8")))
 
 
 def finished(run, variants):

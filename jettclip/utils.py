@@ -16,7 +16,9 @@ from tqdm import tqdm
 
 def write_json(path, value):
     """Write `value` as JSON; a reader never sees half a file."""
-    write_then_rename(path, lambda file: file.write_text(json.dumps(value, indent=2) + "\n"))
+    write_then_rename(
+        path, lambda file: file.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+    )
 
 
 def write_then_rename(path, write):
@@ -33,9 +35,10 @@ def write_then_rename(path, write):
 
 def nearest(word, words, what):
     """An error's text: `word` is unknown, the nearest of `words` is this."""
-    close = difflib.get_close_matches(str(word), map(str, words), n=1, cutoff=0.3)
-    hint = f" did you mean {close[0]!r}?" if close else ""
-    return f"{what} {word!r} is unknown:{hint} Known: {', '.join(map(str, words))}"
+    words = {str(known).casefold(): str(known) for known in words}
+    close = difflib.get_close_matches(str(word).casefold(), words, n=1, cutoff=0.3)
+    hint = f" did you mean {words[close[0]]!r}?" if close else ""
+    return f"{what} {word!r} is unknown:{hint} Known: {', '.join(words.values())}"
 
 
 def save_csv(table, path):
@@ -73,7 +76,8 @@ def provenance():
     packages = ("torch", "torchvision", "timm", "open_clip_torch", "numpy", "pandas")
     versions = {package: importlib.metadata.version(package) for package in packages}
     cpuinfo = Path("/proc/cpuinfo")  # on Linux
-    model = re.search("model name.*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    text = cpuinfo.read_text("utf-8") if cpuinfo.exists() else ""
+    model = re.search("model name.*: (.+)", text)
     cpu = {"cpu": model[1] if model else platform.processor(), "cores": os.cpu_count()}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     hardware = {**cpu, "threads": torch.get_num_threads(), "gpu": gpu}

@@ -5,6 +5,7 @@ import contextlib
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -19,10 +20,13 @@ from jettclip import train
 from jettclip.models import load_folder
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+sys.path.insert(0, str(NOTEBOOKS.parent / "workflow"))
+import plan  # noqa: E402
+
 STORY = sorted(path.stem for path in NOTEBOOKS.glob("0*.ipynb"))
 ALL = sorted(str(path.relative_to(NOTEBOOKS)) for path in NOTEBOOKS.glob("**/[!.]*.ipynb"))
 PROFILES = {
-    path.stem: yaml.safe_load(path.read_text()) for path in NOTEBOOKS.glob("profiles/*.yaml")
+    path.stem: yaml.safe_load(path.read_text("utf-8")) for path in NOTEBOOKS.glob("profiles/*.yaml")
 }
 STUDENTS = {
     "none-s0": {"method": "none"},
@@ -68,6 +72,18 @@ def test_it_opens_with_a_question_and_ends_with_what_was_seen(name):
     lines = second.source.splitlines()  # a parameter on each line, as plan.py reads them
     assert all(re.fullmatch(r"[a-z]\w* = [^#]+?(  # \S.*)?", line) for line in lines)
     assert len(parameters(name)) == len(lines)
+
+
+@pytest.mark.parametrize("name", STORY)
+def test_every_number_has_its_range_and_every_file_is_a_path(name):
+    """plan.py refuses a profile's other values, and makes its paths absolute."""
+    for key, (default, line) in plan.declared(NOTEBOOKS / f"{name}.ipynb").items():
+        numbers = default if isinstance(default, list) else [default]
+        if {*map(type, numbers)} & {int, float} or key == "method_weights":
+            assert plan.RANGE.search(line), line
+        if key.endswith(("_file", "_root")) or default == {} and key != "method_weights":
+            assert re.search(r"# .*\bpath\b", line), line
+        assert plan.check(key, default, default, line) == default
 
 
 @pytest.mark.parametrize("name", PROFILES)

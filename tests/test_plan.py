@@ -16,13 +16,32 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "workflow"))
 import plan as workflow  # noqa: E402
 
-PARAMETERS = {path.stem: "" for path in sorted(ROOT.glob("notebooks/0*.ipynb"))} | {
-    "00_data": "size = 64  # pixels = height = width",
-    "01_teacher_features": "rate = 0.1",
-    "02_train": 'variant = ""\nmethod = "none"  # sum of: none, fd, crd\npairs = "both"  # one of: '
-    "long, both\nrate = 1.0\nseed = 0\ncontext = 248\nlong = True\nweights = [1.0]",
-    "04_retrieval": "variants = []",
-}
+PARAMETERS = {path.stem: "" for path in sorted(ROOT.glob("notebooks/0*.ipynb"))}
+PARAMETERS["00_data"] = """\
+size = 64  # pixels = height = width, at least 1
+source = "scenes"  # one of: scenes, folder
+data_root = ""  # path of the data"""
+PARAMETERS["01_teacher_features"] = """\
+rate = 0.1  # above 0
+file = ""  # path
+more = {}  # path of each"""
+PARAMETERS["02_train"] = """\
+variant = ""
+method = "none"  # sum of: none, fd, crd
+pairs = "both"  # one of: long, both
+rate = 1.0
+seed = 0
+context = 248
+long = True
+weights = [1.0, 0.5]  # at least 0
+share = 0.5  # of all, from 0.1 to 1
+factors = {}  # each at least 0; one of: fd, crd"""
+PARAMETERS["04_retrieval"] = """\
+variants = []
+data_root = ""  # path of the data
+test_sets = {}  # name: [source, path below data_root]
+results = ""  # path to write
+against = ["none"]"""
 PROFILE = "size: 32\nrate: 1e-5\nvariants:\n- {method: [fd, crd], pairs: both, seed: 0}\n"
 STEPS = ["data", "teacher", "fd-both-s0", "crd-both-s0"]
 STEPS += ["deploy", "retrieval", "details", "report", "search"]
@@ -46,7 +65,7 @@ def write_notebook(root, name, code="print('hello from', profile)", prose="Some 
     cells += [{**empty, "id": "1", "source": code, "metadata": {"tags": []}}]
     cells += [{"cell_type": "markdown", "id": "2", "source": prose, "metadata": {}}]
     notebook = {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
-    (root / f"notebooks/{name}.ipynb").write_text(json.dumps(notebook))
+    (root / f"notebooks/{name}.ipynb").write_text(json.dumps(notebook), "utf-8")
 
 
 @pytest.fixture
@@ -99,6 +118,28 @@ REFUSED = {
     "rate: fast": "wrong.yaml: rate: 'fast' is not",
     "rate: 1.2.3": "rate: '1.2.3' is not of the type",
     "rate: yes": "rate: True is not",
+    "size: 0": "size: 0 is not at least 1",
+    "rate: 0": "rate: 0.0 is not above 0",
+    "rate: .inf": "rate: inf is not finite",
+    "context: .nan": "context: nan is not of the type",
+    "share: 0.09": "share: 0.09 is not from 0.1 to 1",
+    "share: 2": "share: 2.0 is not from 0.1 to 1",
+    "weights: [1, -1]": "weights: -1.0 is not at least 0",
+    "weights: [1.0]": "weights: \\[1.0\\] has to have 2 items",
+    "variants: [{weights: [[1, 1], [1, -1]]}]": "weights: -1.0 is not",
+    "variants: [{method: FD}]": "method: choice 'FD' is unknown: did you mean 'fd'",
+    "factors: {fd: 1, CRD: 1}": "factors: choice 'CRD' is unknown: did you mean 'crd'",
+    "factors: {fd: x}": "factors, fd: 'x' is not of the type",
+    "factors: {fd: -1}": "factors, fd: -1.0 is not at least 0",
+    "factors: [fd]": "factors: \\['fd'\\] is not of the type",
+    "more: {7: a.pt}": "more: 7 is not of the type",
+    "more: {a: [a.pt]}": "more, a: \\['a.pt'\\] is not of the type",
+    "test_sets: {A: folder}": "test_sets, A: 'folder' is not of the type",
+    "test_sets: {A: [folder]}": "test_sets, A: \\['folder'\\] has to have 2 items",
+    "test_sets: {A: [foldr, a]}": "test_sets, A: choice 'foldr' is unknown: did you mean 'folder'",
+    "against: [FD-both]": "against: run 'FD-both' is unknown: did you mean 'fd-both'",
+    "against: fd-both": "against: 'fd-both' is not of the type",
+    "source: folder": "data_root: name the folder of the data, or set .* JETTCLIP_DATA",
     "7: 1": "parameter 7 is unknown",
     "variants: [{7: 1}]": "parameter 7 is unknown",
     "variants: [{method: []}]": "{'method': \\[\\]} has an empty list",
@@ -114,7 +155,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("line", REFUSED)
-def test_refused_before_any_work(root, line):
+def test_refused_before_any_work(root, line, monkeypatch):
+    monkeypatch.setenv("JETTCLIP_DATA", "" if line == "source: folder" else "data")
     values = yaml.safe_load(PROFILE) | yaml.safe_load(line)
     (root / "notebooks/profiles/wrong.yaml").write_text(yaml.safe_dump(values))
     for profile, error in {"wrong": REFUSED[line], "tiny.yaml": "did you mean 'tiny'"}.items():
@@ -127,6 +169,60 @@ def test_a_profile_without_keys_is_refused(root, text):
     (root / "notebooks/profiles/tiny.yaml").write_text(text)
     with pytest.raises(ValueError, match="^tiny.yaml: "):
         workflow.plan("tiny", root)
+
+
+@pytest.mark.parametrize(
+    "text", ["size: 32\nsize: 64", "more: {a: x, a: y}", "variants: [{seed: 0, seed: 1}]"]
+)
+def test_a_key_written_twice_is_refused(root, text):
+    (root / "notebooks/profiles/tiny.yaml").write_text(text)
+    with pytest.raises(ValueError, match="^tiny.yaml: line [12]: '(size|a|seed)' is there twice"):
+        workflow.plan("tiny", root)
+
+
+def test_paths_are_absolute_from_where_the_user_stands(root, monkeypatch):
+    monkeypatch.chdir(root / "report")
+    monkeypatch.setenv("HOME", str(root))
+    monkeypatch.setenv("JETTCLIP_DATA", "../the data")
+    lines = "file: openai:~/a.pt\nmore: {b: b.pt}\ntest_sets: {A: [folder, a], B: [folder, ~/b]}\n"
+    profile = root / "notebooks/profiles/tiny.yaml"
+    profile.write_text(PROFILE + lines + "results: out\n")
+    steps = workflow.plan("tiny", root)
+    data, tests = str(root / "the data"), {"A": str(root / "the data/a"), "B": str(root / "b")}
+    teacher, retrieval = steps["01_teacher_features"], steps["04_retrieval"]
+    assert teacher.parameters["file"] == f"openai:{root}/a.pt"
+    assert teacher.parameters["more"] == {"b": str(root / "report/b.pt")}
+    assert teacher.reads == [("file", str(root / "a.pt")), ("more", str(root / "report/b.pt"))]
+    assert steps["00_data"].parameters["data_root"] == retrieval.parameters["data_root"] == data
+    assert retrieval.parameters["test_sets"] == {n: ["folder", tests[n]] for n in tests}
+    assert retrieval.parameters["results"] == str(root / "report/out")
+    assert retrieval.reads == [("data_root", data), *(("test_sets", tests[n]) for n in tests)]
+    profile.write_text(PROFILE)  # scenes read no data, and with another folder they stay the same
+    assert not any("data_root" in step.parameters for step in workflow.plan("tiny", root).values())
+
+
+def test_a_stamp_follows_files_below_a_path(tmp_path):
+    def stamp(*paths):
+        workflow.listing.cache_clear()
+        return workflow.stamp([("data_root", str(path)) for path in paths])
+
+    data, file = tmp_path / "data", tmp_path / "data/photos/a.jpg"
+    file.parent.mkdir(parents=True)
+    file.write_text("abc")
+    os.utime(file, (0, 0))
+    (file.parent / "circle").symlink_to(data)
+    before = stamp(data)
+    (data / ".DS_Store").touch()
+    (data / "gone.jpg").symlink_to("nothing")
+    assert stamp(data) == stamp(data, file) == before and stamp() == ""
+    file.write_text("xyz")  # the same size, another time
+    os.utime(file, (9, 9))
+    edited = stamp(data)
+    (data / "b.jpg").touch()
+    shutil.copytree(data, tmp_path / "other", ignore=shutil.ignore_patterns("gone*", "circle"))
+    assert len({before, edited, stamp(data), stamp(tmp_path / "other")}) == 4
+    with pytest.raises(ValueError, match=f"data_root: there is no {data}/c; data_root: .*/d"):
+        stamp(data / "c", data, data / "d")
 
 
 def test_plausible_edits_of_a_notebook(root, monkeypatch):
@@ -162,6 +258,7 @@ def test_errors_name_the_notebook(root, old, new, error):
 
 def test_the_profiles_of_this_repository_are_valid(monkeypatch):
     monkeypatch.setattr(workflow, "code_hash", lambda notebook, root: "")
+    monkeypatch.setenv("JETTCLIP_DATA", "data")
     for path in sorted(ROOT.glob("notebooks/profiles/*.yaml")):
         assert len(workflow.plan(path.stem, ROOT)) >= 8, path
 
@@ -216,6 +313,21 @@ def test_only_what_changed_or_failed_runs_again(root):
     assert code == 0 and sorted(steps + again) == sorted([*STEPS[2:], "deploy"])
 
 
+def test_other_or_edited_data_run_again(root, monkeypatch):
+    monkeypatch.setenv("JETTCLIP_DATA", "photos")
+    (root / "notebooks/profiles/tiny.yaml").write_text(PROFILE + "source: folder")
+    (root / "photos").mkdir()
+    write_notebook(root, "00_data", "print(data_root)")
+    code, steps, output = finish(snakemake(root, "runs/tiny/data/done"))
+    assert (code, steps) == (0, ["data"]) and f"\n{root}/photos\n" in output
+    assert finish(snakemake(root, "runs/tiny/data/done"))[:2] == (0, [])
+    (root / "photos/a.jpg").touch()
+    assert finish(snakemake(root, "runs/tiny/data/done"))[:2] == (0, ["data"])
+    monkeypatch.setenv("JETTCLIP_DATA", "missing")
+    code, steps, output = finish(snakemake(root))
+    assert code == 1 and f"error: data_root: there is no {root}/missing" in output
+
+
 def test_killed_and_started_again(root):
     """What the run folder holds stays; what outlived the kill is waited for; then all goes on."""
     waiting = "import os, pathlib, time\nopen(f'{variant}.pid', 'w').write('x')\n"
@@ -244,16 +356,19 @@ def test_killed_and_started_again(root):
     assert checkpoint.read_text() == "half trained"
 
 
-def test_papermill_executes_in_this_python(root):
-    """The kernel is this interpreter, prints appear, numbers arrive, a failed copy stays."""
+def test_papermill_executes_in_this_python(root, monkeypatch):
+    """The kernel is this interpreter, in UTF-8 mode whatever the locale; prints appear, numbers
+    arrive, a failed copy stays."""
     shutil.rmtree(root / "papermill")
     wrong = {"argv": ["/bin/false"], "display_name": "x", "language": "python"}
     (root / "home/kernels/python3").mkdir(parents=True)
     (root / "home/kernels/python3/kernel.json").write_text(json.dumps(wrong))
-    write_notebook(root, "00_data", "import os, sys\nprint(sys.executable, os.getcwd(), size + 1)")
+    monkeypatch.setenv("PYTHONUTF8", "0")
+    code = "import os, sys\nprint(sys.flags.utf8_mode, sys.executable, os.getcwd(), size + 1)"
+    write_notebook(root, "00_data", code)
     write_notebook(root, "01_teacher_features", "assert rate != 0.00001, 'a number'")
     code, _, output = finish(snakemake(root, "runs/tiny/teacher/done"))
-    assert code == 1 and f"\n{sys.executable} {root / 'notebooks'} 33\n" in output
+    assert code == 1 and f"\n1 {sys.executable} {root / 'notebooks'} 33\n" in output
     failed = root / "runs/tiny/teacher/01_teacher_features.ipynb"
     assert "AssertionError: a number" in output and str(failed.relative_to(root)) in output
     assert "AssertionError" in failed.read_text()

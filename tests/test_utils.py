@@ -20,6 +20,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert path.read_text() == "a,b\n0.333333,1\n1e-09,2\n"  # six digits
 
 
+@pytest.mark.parametrize("word, found", [("FD", "fd"), ("rD", "rd"), ("longclip-b", "LongCLIP-B")])
+def test_the_nearest_name_ignores_case(word, found):
+    error = utils.nearest(word, ["rd", "crd", "fd", "LongCLIP-L", "LongCLIP-B"], "name")
+    assert error.startswith(f"name {word!r} is unknown: did you mean {found!r}?")
+    assert utils.nearest(7, [], "name") == "name 7 is unknown: Known: "
+
+
 def test_progress_reports_once_a_minute(monkeypatch):
     """Items of 25 seconds each, after 10 that were done before."""
     now, lines = 0, []

@@ -5,6 +5,13 @@ A profile, notebooks/profiles/<name>.yaml, gives values to parameters of the not
 
     - {method: [fd, crd], pairs: both, seed: 0}  # fd-both-s0, crd-both-s0
     - {method: fd, weights: [[1, 0, 1, 0]]}      # fd-weights1_0_1_0: one value that is a list
+
+The comment beside a parameter in its notebook says which values it takes:
+
+    # one of: a, b     # sum of: a, b                   # of a dict: of its keys
+    # at least 1       # above 0      # from 0 to 1     # of a list or dict: each of its numbers
+    # path             # path below data_root           # of a dict: each of its values
+    # [source, path]                                    # of a dict: each value is such a list
 """
 
 import ast
@@ -12,10 +19,13 @@ import hashlib
 import io
 import itertools
 import json
+import math
+import os
 import re
 import sys
 from collections import namedtuple
 from contextlib import suppress
+from functools import cache
 from modulefinder import ModuleFinder
 from pathlib import Path
 
@@ -23,8 +33,11 @@ import yaml
 
 from jettclip.utils import nearest
 
-# One execution of a notebook. It runs again when its parameters or its code change.
-Step = namedtuple("Step", "notebook parameters code_hash")
+# One execution of a notebook. It runs again when its parameters, its code or the files at or below
+# the paths that it reads, (parameter, path), change.
+Step = namedtuple("Step", "notebook parameters code_hash reads")
+ROOT = Path(__file__).resolve().parents[1]
+RANGE = re.compile(r"# .*?\b((at least|above|from) ([\d.]*\d)(?: to ([\d.]*\d))?)")
 
 
 def code_cells(notebook, tag=""):
@@ -48,20 +61,111 @@ def declared(notebook):
     return parameters
 
 
-def check(key, value, default, line=""):
-    """`value` in the type of `default` and among the choices of its line; else a ValueError."""
+def check(key, value, default, line="", declarations=None):
+    """`value` in the type of `default` and as the comment of its line says; else a ValueError."""
     if isinstance(default, float) and type(value) in (int, str):
         with suppress(ValueError):
             value = float(value)  # to YAML, 1e5 without a point is a string
     if type(value) is not type(default):
         raise ValueError(f"{key}: {value!r} is not of the type of its default, {default!r}.")
+    if isinstance(value, dict):
+        entries = value.items()
+        return {name: check_entry(key, name, x, line, declarations or {}) for name, x in entries}
     if isinstance(value, list) and default:
-        value = [check(key, item, default[0]) for item in value]
-    if listed := re.search(r"# (one|sum) of: ([\w, .-]+)", line):
+        if len(value) != len(default) > 1:
+            raise ValueError(f"{key}: {value!r} has to have {len(default)} items, as {default!r}.")
+        return [check(key, item, default[0], line) for item in value]
+    if isinstance(value, str) and (listed := re.search(r"# .*?(one|sum) of: ([\w, .-]+)", line)):
         for word in [value] if listed[1] == "one" else value.split("+"):
             if word not in listed[2].split(", "):
                 raise ValueError(f"{key}: " + nearest(word, listed[2].split(", "), "choice"))
+    if isinstance(value, int | float):
+        check_range(key, value, line)
     return value
+
+
+def check_range(key, value, line):
+    if not math.isfinite(value):
+        raise ValueError(f"{key}: {value!r} is not finite.")
+    if limits := RANGE.search(line):
+        text, word, low, high = limits.groups()
+        too_low = value <= float(low) if word == "above" else value < float(low)
+        if too_low or value > float(high or "inf"):
+            raise ValueError(f"{key}: {value!r} is not {text}.")
+
+
+def check_entry(key, name, value, line, declarations):
+    """`value` of a dict's `name`; items of a list are checked as the parameters of their names."""
+    entry = f"{key}, {name}"
+    if names := re.search(r"# .*?\[(\w+), (\w+)", line):
+        pairs = zip(names.groups(), check(entry, value, ["", ""]), strict=True)
+        return [check(entry, item, *declarations.get(of, ("", ""))) for of, item in pairs]
+    check(key, name, "", line)
+    return check(entry, value, 0.0, line) if RANGE.search(line) else check(entry, value, "")
+
+
+def absolute(value, folder, found):
+    """Each path in `value` (of a list the last item) absolute, if relative below `folder` or here;
+    `found` gets them all."""
+    if isinstance(value, dict):
+        return {name: absolute(item, folder, found) for name, item in value.items()}
+    if isinstance(value, list):
+        return [*value[:-1], absolute(value[-1], folder, found)]
+    prefix = "openai:" * value.startswith("openai:")
+    if not (path := value.removeprefix(prefix)):
+        return value
+    found.append(os.path.abspath(os.path.join(folder, os.path.expanduser(path))))
+    return prefix + found[-1]
+
+
+def make_absolute(parameters, declarations):
+    """Make the paths among `parameters` absolute -> [(parameter, path)] of those that are read."""
+    if parameters.get("data_root") == "":
+        needed = "name the folder of the data, or set the environment variable JETTCLIP_DATA"
+        raise ValueError(f"data_root: {needed}.")
+    reads = []
+    for key in (key for key in declarations if key in parameters):  # data_root before test_sets
+        if kind := re.search(r"# .*?\bpath\b( below data_root)?( to write)?", declarations[key][1]):
+            folder, found = parameters["data_root"] if kind[1] else "", []
+            parameters[key] = absolute(parameters[key], folder, found)
+            reads += [] if kind[2] else [(key, path) for path in found]
+    return reads
+
+
+def stamp(reads):
+    """Hash of the paths, sizes and times of all files that a step reads; a path that is not there
+    is an error."""
+    if missing := [f"{key}: there is no {path}" for key, path in reads if not os.path.exists(path)]:
+        raise ValueError("; ".join(missing))
+    paths = {path for _, path in reads}
+    outermost = [path for path in sorted(paths) if not paths & {*map(str, Path(path).parents)}]
+    return (
+        hashlib.sha256("".join(map(listing, outermost)).encode()).hexdigest()[:16] if paths else ""
+    )
+
+
+@cache
+def listing(path):
+    """Hash of all files at or below `path` but hidden ones; a million on a local disk take 5 s."""
+    digest, seen = hashlib.sha256(), {str(ROOT / "runs"), str(ROOT / "results")}
+    folders = [path] if os.path.isdir(path) else []
+
+    def add(path, stat):
+        digest.update(os.fsencode(f"{path} {stat.st_size} {stat.st_mtime_ns}\n"))
+
+    if not folders:
+        add(path, os.stat(path))
+    while folders:
+        if (folder := os.path.realpath(path := folders.pop())) in seen:  # links may form a circle
+            continue
+        seen.add(folder)
+        with suppress(PermissionError):
+            for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+                if entry.is_dir():
+                    folders += [] if entry.name[0] == "." else [entry.path]
+                elif entry.is_file() and entry.name[0] != ".":
+                    add(entry.path, entry.stat())
+    return digest.hexdigest()
 
 
 def expand_variants(variants):
@@ -88,6 +192,17 @@ def expand_variants(variants):
     return runs
 
 
+class UniqueKeys(yaml.SafeLoader):
+    def construct_mapping(self, node, deep=False):
+        keys = set()
+        for key, _ in node.value:
+            if key.value in keys:
+                line = key.start_mark.line + 1
+                raise ValueError(f"line {line}: {key.value!r} is there twice; YAML keeps the last")
+            keys |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+        return super().construct_mapping(node, deep)
+
+
 class WithoutDocstrings(ast.NodeTransformer):
     def visit_Expr(self, node):
         return None if isinstance(node.value, ast.Constant) else node
@@ -100,9 +215,28 @@ def code_hash(notebook, root):
     finder.load_module("__main__", io.StringIO(source), "", ("", "r", 1))
     finder.import_hook("jettclip.models")  # jettclip.create_model imports it when it is called
     files = sorted(module.__file__ for module in finder.modules.values() if module.__file__)
-    code = [ast.parse(text) for text in [source, *(Path(file).read_text() for file in files)]]
+    code = [
+        ast.parse(text) for text in [source, *(Path(file).read_text("utf-8") for file in files)]
+    ]
     code = [ast.unparse(WithoutDocstrings().visit(tree)) for tree in code]
     return hashlib.sha256("\n".join(code).encode()).hexdigest()[:16]
+
+
+def read_profile(path):
+    """(parameters of all notebooks, {run folder: parameters of a student}) of a profile's file."""
+    values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
+    if not isinstance(values, dict):
+        raise ValueError("a profile consists of lines such as `steps: 100`.")
+    root = values.pop("data_root", "") or os.environ.get("JETTCLIP_DATA", "")
+    if values.get("source", "scenes") != "scenes" or {"test_sets", "classify"} & values.keys():
+        values["data_root"] = root  # else nothing is read from there, and another is no change
+    runs = expand_variants(values.pop("variants", None))
+    seeded = sorted({run.rpartition("-s")[0] for run in runs} - {""})
+    against = values.get("against", [])
+    for name in against if isinstance(against, list) else []:
+        if name not in seeded:  # else notebook 04 would compare with nothing, and say nothing
+            raise ValueError("against: " + nearest(name, seeded, "run"))
+    return values, runs
 
 
 def plan(profile, root="."):
@@ -111,25 +245,24 @@ def plan(profile, root="."):
     paths = {path.stem: path for path in sorted(root.glob("notebooks/profiles/*.yaml"))}
     if profile not in paths:
         raise ValueError(nearest(profile, paths, "profile"))
-    defaults, codes = {}, {}
+    defaults, codes, steps = {}, {}, {}
     try:
         for path in sorted(root.glob("notebooks/0*.ipynb")):
             defaults[path.stem], codes[path.stem] = declared(path), code_hash(path, root)
-        values = yaml.safe_load((path := paths[profile]).read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("a profile consists of lines such as `steps: 100`.")
-        runs, steps = expand_variants(values.pop("variants", None)), {}
+        values, runs = read_profile(path := paths[profile])
         given = {"profile": profile, "variant": None, "variants": list(runs)}  # not by the profile
         for keys, names in [(values, defaults), *((run, ["02_train"]) for run in runs.values())]:
             known = sorted(set().union(*(defaults[name] for name in names)) - given.keys())
             for key in keys.keys() - {*known}:
                 raise ValueError(nearest(key, known, "parameter"))
-        for notebook, declarations in defaults.items():
+        declarations = {key: x for known in reversed(defaults.values()) for key, x in known.items()}
+        for notebook, known in defaults.items():
             for variant in runs if notebook == "02_train" else [notebook]:
                 chosen = values | runs.get(variant, {}) | given | {"variant": variant}
-                keys = chosen.keys() & declarations
-                parameters = {key: check(key, chosen[key], *declarations[key]) for key in keys}
-                steps[variant] = Step(notebook, parameters, codes[notebook])
+                keys = chosen.keys() & known
+                parameters = {k: check(k, chosen[k], *known[k], declarations) for k in keys}
+                reads = make_absolute(parameters, known)
+                steps[variant] = Step(notebook, parameters, codes[notebook], reads)
     except (ValueError, SyntaxError, yaml.YAMLError) as error:
         raise ValueError(f"{path.name}: {error}") from error
     return steps
