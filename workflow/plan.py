@@ -76,12 +76,22 @@ def check(key, value, default, line="", declarations=None):
             raise ValueError(f"{key}: {value!r} has to have {len(default)} items, as {default!r}.")
         return [check(key, item, default[0], line) for item in value]
     if isinstance(value, str) and (listed := re.search(r"# .*?(one|sum) of: ([\w, .-]+)", line)):
-        for word in [value] if listed[1] == "one" else value.split("+"):
+        words = [value] if listed[1] == "one" else value.split("+")
+        for word in words:
             if word not in listed[2].split(", "):
                 raise ValueError(f"{key}: " + nearest(word, listed[2].split(", "), "choice"))
+        if len({*words}) < len(words) or ("none" in words and len(words) > 1):
+            raise ValueError(f"{key}: {value!r} names one twice, or none beside another.")
     if isinstance(value, int | float):
         check_range(key, value, line)
     return value
+
+
+def check_batch(batch_size=1, processes=1, train_pairs=0, **others):
+    if batch_size % processes:
+        raise ValueError(f"batch_size: {batch_size} does not divide among {processes} processes.")
+    if 0 < train_pairs < batch_size:
+        raise ValueError(f"train_pairs: {train_pairs} do not fill a batch_size of {batch_size}.")
 
 
 def check_range(key, value, line):
@@ -261,6 +271,8 @@ def plan(profile, root="."):
                 chosen = values | runs.get(variant, {}) | given | {"variant": variant}
                 keys = chosen.keys() & known
                 parameters = {k: check(k, chosen[k], *known[k], declarations) for k in keys}
+                if notebook == "02_train":
+                    check_batch(**{k: x for k, (x, _) in declarations.items()} | parameters)
                 reads = make_absolute(parameters, known)
                 steps[variant] = Step(notebook, parameters, codes[notebook], reads)
     except (ValueError, SyntaxError, yaml.YAMLError) as error:
