@@ -27,8 +27,6 @@ from ..utils import nearest
 SPLITS = ("train", "val", "test")
 # What Windows, macOS, Jupyter and network drives put into folders of data.
 JUNK = re.compile(r"\.|(__MACOSX|Thumbs\.db|desktop\.ini|@eaDir)$", re.IGNORECASE)
-# What reading a file raises that is not as its authors publish it.
-UNPUBLISHED = (LookupError, TypeError, AttributeError, ValueError, OSError, RecursionError)
 
 
 def sentence(caption):
@@ -88,7 +86,7 @@ def _published(file):
     """Inside, reading what `file` lacks is an error that names the file."""
     try:
         yield
-    except UNPUBLISHED as error:
+    except Exception as error:
         raise ValueError(f"{file} is not laid out as published: {_reason(error)}") from None
 
 
@@ -111,7 +109,7 @@ def _of_split(items, split):
             found = (item.get("split") or "train").replace("restval", "train")
             if found not in SPLITS:
                 raise ValueError(nearest(found, SPLITS, "split"))
-        except UNPUBLISHED as error:
+        except Exception as error:
             item, found = error, "train"
         if found == split:
             yield place, item
@@ -136,7 +134,7 @@ def _row(place, item, name, read):
         if not texts or "." in map(sentence, texts):
             raise ValueError(f"a caption is missing or empty: {captions!r:.60}")
         return image, texts, key, None
-    except UNPUBLISHED as error:
+    except Exception as error:
         return None, [""], key, f"unreadable row, left out: {_reason(error)} ({place})"
 
 
@@ -168,10 +166,7 @@ def flickr8k(root, split, seed):
     holds = "Flickr8k as Parquet files with the columns image (JPEG bytes), filename, captions"
     file = _find(root, f"flickr8k_*px_{split}.parquet", holds=holds)
     with _published(file):
-        table = pd.read_parquet(file)
-        if lacks := ", ".join(sorted({"image", "filename", "captions"} - set(table))):
-            raise ValueError(f"it lacks the column(s) {lacks}; it has {', '.join(table)}")
-        items = _items(table.to_dict("records"), file, "row")
+        items = _items(pd.read_parquet(file).to_dict("records"), file, "row")
         return _table(items, split, "filename", itemgetter("image", "captions"), seed)
 
 
@@ -205,7 +200,7 @@ def coco(root, split, seed):
         for place, annotation in _items(data["annotations"], file, "annotation"):
             try:
                 captions[annotation["image_id"]].append(annotation["caption"])
-            except UNPUBLISHED as error:
+            except Exception as error:
                 bad.append((place, error))
         images = list(_items(data["images"], file, "image"))
         val = min(1000, len(images) // 10)
@@ -279,8 +274,6 @@ def classes(source, root, split="test"):
         images = [encoded(Image.fromarray(pixels), "PNG") for pixels in data.data]
         names = [name.replace("_", " ") for name in data.classes]
         return pd.DataFrame({"image": images, "label": data.targets}), names
-    if source != "imagenet":
-        raise ValueError(f"source {source!r} has no classes: cifar10, cifar100 and imagenet have")
     folder = root / ("train" if split == "train" else "val")
     wnids = [path for path in _files(folder, "*") if path.is_dir()]
     if (count := len(wnids)) != len(IMAGENET_CLASSNAMES):

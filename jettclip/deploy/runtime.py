@@ -87,9 +87,7 @@ class ExportedModel:
         """Pixels (N, 3, S, S) from `transform`, or a list of paths, bytes or PIL images."""
         if not hasattr(images, "shape"):
             images = [self.transform(image) for image in images]
-        images, shape = np.asarray(images, dtype=np.float32), (3, self.image_size, self.image_size)
-        if len(images) and images.shape[1:] != shape:
-            raise ValueError(f"images are {images.shape}: use (N, {', '.join(map(str, shape))})")
+        images = np.asarray(images, dtype=np.float32)
         features = np.empty((len(images), self.config["embed_dim"]), dtype=np.float32)
         for start in range(0, len(images), IMAGE_BATCH):
             rows = slice(start, start + IMAGE_BATCH)
@@ -100,12 +98,10 @@ class ExportedModel:
         """Texts, or 0-padded tokens (N, up to context_length) -> features.
 
         Where padding has no influence, texts of similar length form a batch and are cut to its
-        longest. Raises ValueError for tokens of another shape.
+        longest.
         """
         tokens = texts if hasattr(texts, "shape") else self.tokenizer(texts)
         tokens = np.asarray(tokens, dtype=np.int64)
-        if tokens.ndim != 2 or tokens.shape[1] > self.context_length:
-            raise ValueError(f"tokens are {tokens.shape}: use (N, up to {self.context_length})")
         if not self.config["trims"]:
             tokens = np.pad(tokens, ((0, 0), (0, self.context_length - tokens.shape[1])))
         end = tokens.argmax(axis=1)  # (N, L) -> (N,): the end token has the highest id
