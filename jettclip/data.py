@@ -81,14 +81,12 @@ def clean_pairs(table, context_length=248):
     tokens stay and are reported: reading truncates them. Usable rows get the column digest: of the
     encoded image, so that a later change is noticed.
     """
-    if "problem" in table:  # rows that `load_pairs` could not read
-        known = table.problem.notna()
-        usable, report = clean_pairs(table[~known].drop(columns="problem"), context_length)
-        return usable, pd.concat([table.loc[known, ["key", "problem"]], report], ignore_index=True)
-    encode = tokenizer(context_length).encode
+    table, encode = table.reset_index(drop=True), tokenizer(context_length).encode
 
-    def check(image, *captions):
+    def check(known, image, *captions):
         """-> problems of a row, digest of its image"""
+        if isinstance(known, str):  # `load_pairs` could not read it
+            return [known], None
         problems, hashed = [], None
         for name, text in zip(("long", "short"), captions, strict=True):
             if not isinstance(text, str) or not text.replace(".", "").strip():
@@ -102,9 +100,10 @@ def clean_pairs(table, context_length=248):
             problems.append(f"unreadable image, left out: {error}")
         return problems, hashed
 
+    known = table.pop("problem") if "problem" in table else [None] * len(table)
     with ThreadPoolExecutor(CORES) as pool:
-        checked = list(pool.map(check, table.image, table.long, table.short))
-    table = table.reset_index(drop=True).assign(digest=[hashed for _, hashed in checked])
+        checked = list(pool.map(check, known, table.image, table.long, table.short))
+    table["digest"] = [hashed for _, hashed in checked]
     problems = pd.Series([problems for problems, _ in checked], dtype=object)
     report = table[["key"]].assign(problem=problems).explode("problem").dropna(subset="problem")
     left_out = report.index[report.problem.str.contains("left out")]

@@ -21,15 +21,13 @@ TOKEN_PATTERN += r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 IMAGE_BATCH, TEXT_BATCH = 8, 32  # larger batches take memory and gain nothing
 
 
-def load(folder, backend="onnxruntime", threads=None):
-    """The exported model of `folder`, run by `backend`, one of BACKENDS.
-
-    openvino-bf16 multiplies in bfloat16 if the CPU can. threads: OMP_NUM_THREADS, else all cores.
+def load(folder, backend="onnxruntime"):
+    """The exported model of `folder`, run by `backend`, one of BACKENDS, in OMP_NUM_THREADS threads
+    or on all cores. openvino-bf16 multiplies in bfloat16 if the CPU can.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown: use one of {', '.join(BACKENDS)}")
-    threads = threads or int(os.environ.get("OMP_NUM_THREADS", 0))
-    return ExportedModel(Path(folder), backend, threads)
+    return ExportedModel(Path(folder), backend)
 
 
 def file_hash(path):
@@ -56,7 +54,7 @@ class ExportedModel:
     identity: all that the features of an image depend on.
     """
 
-    def __init__(self, folder, backend, threads=0):
+    def __init__(self, folder, backend):
         self.folder, path = folder, folder / CONFIG
         if not path.is_file():
             raise FileNotFoundError(f"{path.absolute()} is missing: name a folder of `export`")
@@ -74,7 +72,7 @@ class ExportedModel:
         self.tokenizer = Tokenizer(bpe, TOKEN_PATTERN, self.context_length)
         self.transform = partial(transform, image_size=self.image_size, **self.config["preprocess"])
         # Opens "image" or "text" when it is first used.
-        self.tower = cache(lambda name: open_graph(self.checked(f"{name}.onnx"), backend, threads))
+        self.tower = cache(lambda name: open_graph(self.checked(f"{name}.onnx"), backend))
 
     def checked(self, name):
         """Path of a file of the folder, which is the one that was exported."""
@@ -114,8 +112,9 @@ class ExportedModel:
         return features
 
 
-def open_graph(path, backend, threads):
+def open_graph(path, backend):
     """image.onnx or text.onnx -> function from its input to its features, both arrays."""
+    threads = int(os.environ.get("OMP_NUM_THREADS", 0))  # 0: all cores
     if backend == "onnxruntime":
         import onnxruntime
 
