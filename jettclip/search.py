@@ -88,9 +88,7 @@ class PhotoIndex:
         gone = len(lost) - len(unseen)
         if gone or todo:
             check_writable(self.file, "--index")
-        added = self.embed(todo, photos)
-        if gone and not added:
-            self.save()
+        added = self.embed(todo, photos) if gone or todo else []
         self.photos = [path for path in self.rows if path not in unseen]
         self.features = self.matrix(self.photos)
         changed, unreadable = len(known.keys() & {*added}), len(todo) - len(added)
@@ -120,8 +118,7 @@ class PhotoIndex:
                         self.save()
                         due = len(added) + max(SAVE_EVERY, len(self.rows) // 10)
             finally:  # interrupted, too: the next update resumes from here
-                if added:
-                    self.save()
+                self.save()
         return added
 
     def look(self):

@@ -122,20 +122,25 @@ def _valid(text):
     return text
 
 
-def _row(place, item, name, read):
-    """-> image, captions, key and problem of an item; `item` is an error if it is unreadable."""
-    key = place
+def _row(place, item, split, name, read, rng):
+    """A row of the table; `item` is an error if it is unreadable."""
+    row = {"image": None, "long": "", "short": "", "split": split, "key": place}
     try:
         if isinstance(item, Exception):
             raise item
-        key = _valid(item[name])
+        row["key"] = _valid(item[name])
         image, captions = read(item)
         texts = [] if isinstance(captions, str) else list(map(_valid, captions))
         if not texts or "." in map(sentence, texts):
             raise ValueError(f"a caption is missing or empty: {captions!r:.60}")
-        return image, texts, key, None
     except Exception as error:
-        return None, [""], key, f"unreadable row, left out: {_reason(error)} ({place})"
+        return row | {"problem": f"unreadable row, left out: {_reason(error)} ({place})"}
+    if rng is None:
+        short = texts[1] if texts[1:] else first_sentence(texts[0])
+        return row | {"image": image, "long": texts[0], "short": short}
+    shuffled = [sentence(texts[i]) for i in rng.permutation(len(texts))]
+    long, short = " ".join(shuffled), shuffled[0].rstrip(".")
+    return row | {"image": image, "long": long, "short": short, "captions": texts}
 
 
 def _table(items, split, name, read, seed=None):
@@ -144,21 +149,14 @@ def _table(items, split, name, read, seed=None):
     `read(item)` gives an image and its captions, the item's `name` is the key. seed: captions are
     several short ones, in an order that it draws; without, they are the long and perhaps the short.
     """
-    rows = [_row(place, item, name, read) for place, item in items]
-    if all(problem for *_, problem in rows):
-        first = f": {rows[0][3]}" if rows else ""
-        raise ValueError(f"it has no readable row of the split {split}{first}")
-    images, captions, keys, problems = map(list, zip(*rows, strict=True))
-    more = {"problem": problems} if any(problems) else {}
+    rng = seed
     if seed is not None:
-        more = {"captions": captions, **more}
         rng = np.random.default_rng([*np.atleast_1d(seed), SPLITS.index(split)])
-        shuffled = [[sentence(texts[i]) for i in rng.permutation(len(texts))] for texts in captions]
-        captions = [[" ".join(texts), texts[0].rstrip(".")] for texts in shuffled]
-    longs = [texts[0] for texts in captions]
-    shorts = [texts[1] if texts[1:] else first_sentence(texts[0]) for texts in captions]
-    columns = {"image": images, "long": longs, "short": shorts, "split": split, "key": keys}
-    return pd.DataFrame({**columns, **more})
+    rows = [_row(place, item, split, name, read, rng) for place, item in items]
+    if all("problem" in row for row in rows):
+        first = f": {rows[0]['problem']}" if rows else ""
+        raise ValueError(f"it has no readable row of the split {split}{first}")
+    return pd.DataFrame(rows)
 
 
 def flickr8k(root, split, seed):
