@@ -171,20 +171,21 @@ class PairDataset(Dataset):
         self.images = self._tokens = None
         size = len(table) * self.image(0).numel() if len(table) else 0
         if size <= IN_MEMORY:
-            tokens = [self.tokens(range(len(table)), k) for k in range(self.draws)]
-            self._tokens = [(long.int(), short.int()) for long, short in tokens]
+            orders = [self.tokens(range(len(table)), k) for k in range(self.draws)]
+            self._tokens = [torch.stack(side).int() for side in zip(*orders, strict=True)]
             self.images = [self.image(row) for row in range(len(table))]
 
     in_memory = property(lambda self: self.images is not None)
 
-    def tokens(self, rows, k=0):
-        """Long and short tokens (B, L) of `rows` (B,), in the caption order of crop `k`."""
-        draw, rows = k % self.draws, torch.as_tensor(rows, dtype=torch.long)
-        if self._tokens:
-            return tuple(tokens[rows].long() for tokens in self._tokens[draw])
-        captions = (self.table[name].take(rows.numpy()).to_pylist() for name in self.captions)
+    def tokens(self, rows, ks=0):
+        """Long and short tokens (B, L) of `rows` (B,), in the caption orders of crops `ks` (B,)."""
+        rows = np.asarray(rows, dtype=np.int64)
+        draws = np.broadcast_to(ks, rows.shape) % self.draws
+        if self._tokens:  # (draws, N, L)
+            return tuple(tokens[draws, rows].long() for tokens in self._tokens)
+        captions = (self.table[name].take(rows).to_pylist() for name in self.captions)
         if self.captions == ["longs", "shorts"]:
-            captions = ([orders[draw] for orders in texts] for texts in captions)
+            captions = ([texts[i] for texts, i in zip(x, draws, strict=True)] for x in captions)
         return tuple(map(tokenizer_of(self.context_length), captions))
 
     long = property(lambda self: self.tokens(range(len(self)))[0])  # (N, L), in their first order
@@ -229,11 +230,7 @@ class PairDataset(Dataset):
         """Images (B, 3, S, S) as uint8, a quarter of the bytes between processes, and tokens."""
         rows, ks = np.asarray(rows_and_crops).T
         pixels = torch.stack([self.pixels(*place) for place in zip(rows.tolist(), ks, strict=True)])
-        long, short = torch.empty(2, len(rows), self.context_length, dtype=torch.long)
-        draws = ks % self.draws
-        for draw in np.unique(draws):
-            long[draws == draw], short[draws == draw] = self.tokens(rows[draws == draw], draw)
-        return pixels, long, short
+        return pixels, *self.tokens(rows, ks)
 
     def part(self, rows_and_crops):
         """A data set of the rows of a batch alone, to send to a worker -> it, its rows and crops"""
