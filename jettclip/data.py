@@ -271,16 +271,21 @@ def in_order(n, batch_size, k=0):
 def loader(dataset, batches, device="cpu"):
     """Read `batches` (B, 2) of row and crop -> rows (B,), crops (B,) on the CPU, and on `device`
     images (B, 3, S, S), long and short tokens (B, L). Workers read what is not in memory."""
-    workers = 0
+    workers, context = 0, None
     if len(batches) and not dataset.in_memory:  # fewer where batches would not fit shared memory
         shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else IN_MEMORY
         workers = min(CORES, 8, shared // (9 * len(batches[0]) * dataset.image_size**2))
+    if workers:  # from a server without threads: forked beside OpenVINO's they crash or hang
+        context = "spawn"
+        if "forkserver" in multiprocessing.get_all_start_methods():
+            context = "forkserver"
+            multiprocessing.set_forkserver_preload([__name__])  # else each imports PyTorch
     loaded = DataLoader(
         Batches(),
         sampler=((dataset.part(batch) if workers else (dataset, batch)) for batch in batches),
         batch_size=None,  # the data set makes whole batches
         num_workers=workers,
-        multiprocessing_context=start_method() if workers else None,
+        multiprocessing_context=context,
         pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator(),  # the global one would move once more in a resumed run
     )
@@ -288,13 +293,3 @@ def loader(dataset, batches, device="cpu"):
         rows, ks = torch.as_tensor(np.asarray(batch)).T
         pixels, long, short = (x.to(device, non_blocking=True) for x in tensors)
         yield rows, ks, dataset.scaled(pixels), long, short
-
-
-@cache
-def start_method():
-    """Workers come from a server without threads: forked beside OpenVINO's they crash or hang."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # else each worker imports PyTorch
-    return context

@@ -56,8 +56,6 @@ class ExportedModel:
 
     def __init__(self, folder, backend):
         self.folder, path = folder, folder / CONFIG
-        if not path.is_file():
-            raise FileNotFoundError(f"{path.absolute()} is missing: name a folder of `export`")
         try:
             self.config = json.loads(path.read_text("utf-8"))
             made_of = [self.config[key] for key in IMAGE_KEYS]
