@@ -4,7 +4,6 @@ import copy
 import hashlib
 import multiprocessing
 import os
-import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -42,8 +41,6 @@ def load_pairs(source, root=None, split="train", n=None, seed=0, image_size=64, 
     for word, words, what in ((source, sources, "data source"), (split, published.SPLITS, "split")):
         if word not in words:
             raise ValueError(nearest(word, words, what))
-    if source in ("scenes", "collage") and n is None:
-        raise ValueError(f"{source} are drawn without end: say how many with n")
     if draws > 1 and source not in ("flickr8k", "coco", "karpathy"):
         raise ValueError(f"{source} has one caption of each image: set caption_draws to 1")
     if source == "scenes":
@@ -81,40 +78,36 @@ def clean_pairs(table, context_length=248):
     """Check every row -> (usable rows, report with the columns key, problem).
 
     Rows with an unreadable image or an empty caption are left out. Captions over `context_length`
-    tokens stay and are reported: reading truncates them. A missing column is an error. Usable rows
-    get the column digest: of the encoded image, so that a later change is noticed.
+    tokens stay and are reported: reading truncates them. Usable rows get the column digest: of the
+    encoded image, so that a later change is noticed.
     """
-    if lacks := ", ".join(column for column in COLUMNS if column not in table):
-        raise ValueError(f"the pairs table lacks the column(s) {lacks}; it has {', '.join(table)}")
-    if "problem" in table:  # rows that `load_pairs` could not read
-        known = table.problem.notna()
-        usable, report = clean_pairs(table[~known].drop(columns="problem"), context_length)
-        return usable, pd.concat([table.loc[known, ["key", "problem"]], report], ignore_index=True)
-    encode = tokenizer(context_length).encode
+    table, encode = table.reset_index(drop=True), tokenizer(context_length).encode
 
-    def check(key, image, long, short):
-        """-> problems that leave the row out, problems that do not, digest of the image"""
-        fatal, truncated, hashed = [], [], None
-        for name, text in (("long", long), ("short", short)):
+    def check(known, image, *captions):
+        """-> problems of a row, digest of its image"""
+        if isinstance(known, str):  # `load_pairs` could not read it
+            return [known], None
+        problems, hashed = [], None
+        for name, text in zip(("long", "short"), captions, strict=True):
             if not isinstance(text, str) or not text.replace(".", "").strip():
-                fatal.append(f"empty {name} caption, left out")
-            elif half := re.search("[\ud800-\udfff]", text):  # no file can hold it
-                fatal.append(f"{name} caption with half a character, {half[0]!a}, left out")
+                problems.append(f"empty {name} caption, left out")
             elif (n := len(encode(text)) + 2) > context_length:
-                truncated.append(f"{name} caption of {n} tokens, truncated to {context_length}")
+                problems.append(f"{name} caption of {n} tokens, truncated to {context_length}")
         try:
             hashed = digest(image)
             read_photo(image)
         except Unreadable as error:
-            fatal.append(f"unreadable image, left out: {error}")
-        return [(key, text) for text in fatal], [(key, text) for text in truncated], hashed
+            problems.append(f"unreadable image, left out: {error}")
+        return problems, hashed
 
+    known = table.pop("problem") if "problem" in table else [None] * len(table)
     with ThreadPoolExecutor(CORES) as pool:
-        checked = list(pool.map(check, table.key, table.image, table.long, table.short))
-    usable = np.array([not fatal for fatal, _, _ in checked], dtype=bool)
-    report = [problem for fatal, truncated, _ in checked for problem in fatal or truncated]
-    table = table.assign(digest=[hashed for _, _, hashed in checked])
-    return table[usable].reset_index(drop=True), pd.DataFrame(report, columns=["key", "problem"])
+        checked = list(pool.map(check, known, table.image, table.long, table.short))
+    table["digest"] = [hashed for _, hashed in checked]
+    problems = pd.Series([problems for problems, _ in checked], dtype=object)
+    report = table[["key"]].assign(problem=problems).explode("problem").dropna(subset="problem")
+    left_out = report.index[report.problem.str.contains("left out")]
+    return table.drop(left_out).reset_index(drop=True), report.reset_index(drop=True)
 
 
 def fingerprint(table):
@@ -166,8 +159,6 @@ class PairDataset(Dataset):
         self.image_size, self.context_length = image_size, context_length
         self.preprocess, self.keys = preprocess, list(table.key)
         self.crops = draw_crops(len(table), 1, seed=0) if crops is None else crops
-        if len(self.crops) != len(table):
-            raise ValueError(f"crops of {len(self.crops)} images for {len(table)} rows")
         self.draws = len(table.longs.iloc[0]) if draws and len(table) else 1
         self.captions = ["longs", "shorts"] if draws else ["long", "short"]
         columns = ["image", *self.captions, *table.columns.intersection(["digest"])]
@@ -180,20 +171,21 @@ class PairDataset(Dataset):
         self.images = self._tokens = None
         size = len(table) * self.image(0).numel() if len(table) else 0
         if size <= IN_MEMORY:
-            tokens = [self.tokens(range(len(table)), k) for k in range(self.draws)]
-            self._tokens = [(long.int(), short.int()) for long, short in tokens]
+            orders = [self.tokens(range(len(table)), k) for k in range(self.draws)]
+            self._tokens = [torch.stack(side).int() for side in zip(*orders, strict=True)]
             self.images = [self.image(row) for row in range(len(table))]
 
     in_memory = property(lambda self: self.images is not None)
 
-    def tokens(self, rows, k=0):
-        """Long and short tokens (B, L) of `rows` (B,), in the caption order of crop `k`."""
-        draw, rows = k % self.draws, torch.as_tensor(rows, dtype=torch.long)
-        if self._tokens:
-            return tuple(tokens[rows].long() for tokens in self._tokens[draw])
-        captions = (self.table[name].take(rows.numpy()).to_pylist() for name in self.captions)
+    def tokens(self, rows, ks=0):
+        """Long and short tokens (B, L) of `rows` (B,), in the caption orders of crops `ks` (B,)."""
+        rows = np.asarray(rows, dtype=np.int64)
+        draws = np.broadcast_to(ks, rows.shape) % self.draws
+        if self._tokens:  # (draws, N, L)
+            return tuple(tokens[draws, rows].long() for tokens in self._tokens)
+        captions = (self.table[name].take(rows).to_pylist() for name in self.captions)
         if self.captions == ["longs", "shorts"]:
-            captions = ([orders[draw] for orders in texts] for texts in captions)
+            captions = ([texts[i] for texts, i in zip(x, draws, strict=True)] for x in captions)
         return tuple(map(tokenizer_of(self.context_length), captions))
 
     long = property(lambda self: self.tokens(range(len(self)))[0])  # (N, L), in their first order
@@ -227,7 +219,7 @@ class PairDataset(Dataset):
         return transform.normalize(pixels, self.preprocess["mean"], self.preprocess["std"])
 
     def __len__(self):
-        return len(self.crops)
+        return len(self.keys)
 
     def __getitem__(self, row_and_crop):
         row, k = row_and_crop
@@ -238,11 +230,7 @@ class PairDataset(Dataset):
         """Images (B, 3, S, S) as uint8, a quarter of the bytes between processes, and tokens."""
         rows, ks = np.asarray(rows_and_crops).T
         pixels = torch.stack([self.pixels(*place) for place in zip(rows.tolist(), ks, strict=True)])
-        long, short = torch.empty(2, len(rows), self.context_length, dtype=torch.long)
-        draws = ks % self.draws
-        for draw in np.unique(draws):
-            long[draws == draw], short[draws == draw] = self.tokens(rows[draws == draw], draw)
-        return pixels, long, short
+        return pixels, *self.tokens(rows, ks)
 
     def part(self, rows_and_crops):
         """A data set of the rows of a batch alone, to send to a worker -> it, its rows and crops"""
@@ -258,10 +246,7 @@ class Batches(Dataset):
 
     def __getitem__(self, dataset_and_batch):
         dataset, batch = dataset_and_batch
-        try:
-            return dataset.batch(batch)
-        except RuntimeError as error:  # for `loader` to raise: a worker would add its traceback
-            return error
+        return dataset.batch(batch)
 
 
 def dataset_for(model, table, crops=None, draws=False):
@@ -286,36 +271,25 @@ def in_order(n, batch_size, k=0):
 def loader(dataset, batches, device="cpu"):
     """Read `batches` (B, 2) of row and crop -> rows (B,), crops (B,) on the CPU, and on `device`
     images (B, 3, S, S), long and short tokens (B, L). Workers read what is not in memory."""
-    workers = 0 if dataset.in_memory else _workers(dataset, batches)
+    workers, context = 0, None
+    if len(batches) and not dataset.in_memory:  # fewer where batches would not fit shared memory
+        shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else IN_MEMORY
+        workers = min(CORES, 8, shared // (9 * len(batches[0]) * dataset.image_size**2))
+    if workers:  # from a server without threads: forked beside OpenVINO's they crash or hang
+        context = "spawn"
+        if "forkserver" in multiprocessing.get_all_start_methods():
+            context = "forkserver"
+            multiprocessing.set_forkserver_preload([__name__])  # else each imports PyTorch
     loaded = DataLoader(
         Batches(),
         sampler=((dataset.part(batch) if workers else (dataset, batch)) for batch in batches),
         batch_size=None,  # the data set makes whole batches
         num_workers=workers,
-        multiprocessing_context=start_method() if workers else None,
+        multiprocessing_context=context,
         pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator(),  # the global one would move once more in a resumed run
     )
     for batch, tensors in zip(batches, loaded, strict=True):
-        if isinstance(tensors, RuntimeError):
-            raise tensors
         rows, ks = torch.as_tensor(np.asarray(batch)).T
         pixels, long, short = (x.to(device, non_blocking=True) for x in tensors)
         yield rows, ks, dataset.scaled(pixels), long, short
-
-
-@cache
-def start_method():
-    """Workers come from a server without threads: forked beside OpenVINO's they crash or hang."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # else each worker imports PyTorch
-    return context
-
-
-def _workers(dataset, batches):
-    """Workers, one for each core: fewer where their batches would not fit the shared memory."""
-    batch_bytes = max((len(batch) for batch in batches[:1]), default=1) * 3 * dataset.image_size**2
-    shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else IN_MEMORY
-    return min(CORES, 8, shared // (3 * batch_bytes))

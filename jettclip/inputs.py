@@ -122,7 +122,7 @@ class Tokenizer:
 
     # ASCII without control characters and "&": ftfy and html.unescape change nothing in it.
     PLAIN = regex.compile(r"[\n\r\t -%'-~]*")
-    MEMORY, LONGEST = 1 << 17, 40  # words remembered, and letters of the longest of them
+    MEMORY = 1 << 17  # words remembered
 
     def __init__(self, bpe, pattern, context_length):
         self.bpe, self.context_length = bpe, context_length
@@ -139,29 +139,21 @@ class Tokenizer:
         ids, words = [], self.words
         for word in text.lower().split():
             if (word_ids := words.get(word)) is None:
-                word_ids = self._encode_word(word)
+                encoded = self.bpe.encode(
+                    self.pattern.findall(word), is_pretokenized=True, add_special_tokens=False
+                )
+                if len(words) >= self.MEMORY:
+                    words.clear()
+                words[word] = word_ids = encoded.ids
             ids += word_ids
-        return ids
-
-    def _encode_word(self, word):
-        pieces = self.pattern.findall(word)
-        ids = self.bpe.encode(pieces, is_pretokenized=True, add_special_tokens=False).ids
-        if len(word) <= self.LONGEST:
-            if len(self.words) >= self.MEMORY:
-                self.words.clear()
-            self.words[word] = ids
         return ids
 
     def __call__(self, texts, context_length=None):
         """Texts, one or several -> int64 (B, L), 0-padded; truncates, keeps the end token."""
         texts = [texts] if isinstance(texts, str) else texts
         length = context_length or self.context_length
-        if length < 2:
-            raise ValueError(f"context_length is {length}: use 2 or more, for start and end token")
         tokens = np.zeros((len(texts), length), dtype=np.int64)
         for row, text in zip(tokens, texts, strict=True):
-            if not isinstance(text, str):
-                raise TypeError(f"{text!r} is no text: use strings")
             ids = self.encode(text)[: length - 2]
             row[0], row[1 : len(ids) + 1], row[len(ids) + 1] = self.start, ids, self.end
         return tokens

@@ -55,17 +55,11 @@ class PhotoIndex:
         self.photos, self.features = [], self.matrix([])  # what `update` saw: paths, (N, d)
 
     def read(self):
-        """The file's rows; reports why it has none. Deletes what killed processes left there."""
-        for leftover in self.file.parent.glob(f".{self.file.name}.tmp*"):
-            with suppress(OSError):  # a younger one may be that of another search
-                if time.time() - leftover.stat().st_mtime > 3600:
-                    leftover.unlink()
+        """The file's rows; reports why it has none."""
         if not self.file.is_file():
             return {}
         try:
             with np.load(self.file) as saved:
-                if sum(i.file_size for i in saved.zip.infolist()) > self.file.stat().st_size:
-                    raise ValueError("its arrays are larger than the file")
                 facts = json.loads(saved["facts"].tobytes())
                 if facts["model"] != self.model.identity:
                     raise ValueError("it is of another model")
@@ -94,9 +88,7 @@ class PhotoIndex:
         gone = len(lost) - len(unseen)
         if gone or todo:
             check_writable(self.file, "--index")
-        added = self.embed(todo, photos)
-        if gone and not added:
-            self.save()
+        added = self.embed(todo, photos) if gone or todo else []
         self.photos = [path for path in self.rows if path not in unseen]
         self.features = self.matrix(self.photos)
         changed, unreadable = len(known.keys() & {*added}), len(todo) - len(added)
@@ -126,8 +118,7 @@ class PhotoIndex:
                         self.save()
                         due = len(added) + max(SAVE_EVERY, len(self.rows) // 10)
             finally:  # interrupted, too: the next update resumes from here
-                if added:
-                    self.save()
+                self.save()
         return added
 
     def look(self):
@@ -170,8 +161,7 @@ class PhotoIndex:
     def pixels(self, path):
         """A photo as the model reads it (3, S, S), or None, reported, where it is unreadable."""
         try:
-            photo = read_photo(self.folder / path, at_least=self.model.image_size)
-            return self.model.transform(photo)
+            return self.model.transform(read_photo(self.folder / path, self.model.image_size))
         except Exception as error:  # decoders raise anything, and one file must not stop the rest
             self.report(f"unreadable, skipped: {shown(path)} ({shown(error)})")
 
@@ -182,13 +172,9 @@ class PhotoIndex:
     def save(self):
         stamps = np.array([stamp for stamp, _ in self.rows.values()], np.int64).reshape(-1, 2)
         facts = json.dumps({"model": self.model.identity, "paths": [*self.rows]}).encode()
-        arrays = {"stamps": stamps, "features": self.matrix(self.rows)}
-
-        def write(temporary):
-            with open(temporary, "wb") as file:  # of any name: to a path NumPy would add .npz
-                np.savez(file, facts=np.frombuffer(facts, np.uint8), **arrays)
-
-        write_then_rename(self.file, write)
+        arrays = {"facts": np.frombuffer(facts, np.uint8), "stamps": stamps}
+        np.savez(saved := io.BytesIO(), **arrays, features=self.matrix(self.rows))
+        write_then_rename(self.file, lambda file: file.write_bytes(saved.getbuffer()))
 
     def search(self, text, top=5):
         """The `top` photos nearest to `text` -> [(path, cosine similarity)], best first."""
@@ -315,8 +301,6 @@ def main(argv=None):
     args = parser.parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # of a terminal that lacks a name's letters
     try:
-        if args.top < 1:
-            raise ValueError(f"--top {args.top}: ask for 1 photo or more")
         if args.html:
             check_writable(args.html, "--html")
         index = PhotoIndex(args.folder, choose_model(args), args.index)

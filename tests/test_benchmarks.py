@@ -47,15 +47,22 @@ def test_latency(run, exported, tmp_path, monkeypatch):
     model, folder = exported  # test_export exports
     monkeypatch.setattr(models, "create_model", lambda *_, **options: model)
     monkeypatch.setattr("jettclip.deploy.export.export", lambda _, to: shutil.copytree(folder, to))
-    monkeypatch.setattr("jettclip.deploy.runtime.installed_backends", lambda: ["onnxruntime"])
+    monkeypatch.setattr("jettclip.deploy.runtime.installed_backends", lambda: [])
+    start = psutil.Popen  # for the reference, which takes seconds, a process that does nothing
+
+    def fake(command, **options):
+        code = "import time; print(time.time())" if command[3].endswith(".pt") else command[2]
+        return start([*command[:2], code, *command[3:]], **options)
+
+    monkeypatch.setattr(psutil, "Popen", fake)
     small = {"models": ["JettCLIP-T"], "batches": [1], "reference": ["ViT-S", "ViT-S-32-alt"]}
     (table,) = run("latency", **small, captions=str(tmp_path / "captions.parquet")).values()
     reference, *backends = table[["model", "backend"]].drop_duplicates().backend
-    assert (reference, *backends) == ("pytorch", "pytorch", "onnxruntime", "onnxruntime-int8")
+    assert (reference, *backends) == ("pytorch", "pytorch", "onnxruntime-int8")
     assert set(table.tower) == {"image", "text", "both"} and (table.ratio_to_teacher > 0).all()
     assert (table[["gmacs", "params_m", "start_s", "peak_mb"]] > 0).all().all()
-    exact = table[(table.model == "JettCLIP-T") & table.backend.isin(["pytorch", "onnxruntime"])]
-    assert (exact.drift_text < 1e-5).all() and len(list(tmp_path.glob("*.svg"))) == 1
+    drift = table.groupby("backend").drift_text.max()
+    assert drift.pytorch == 0 < drift["onnxruntime-int8"] and len([*tmp_path.glob("*.svg")]) == 1
 
 
 def test_training(run):

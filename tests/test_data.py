@@ -11,22 +11,16 @@ import pandas as pd
 import pytest
 import torch
 from conftest import tiny_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 import jettclip
 from jettclip import data
 from jettclip.data import COLUMNS, PairDataset, clean_pairs, draw_crops, load_pairs, read_image
+from jettclip.datasets.published import encoded
 from jettclip.inputs import digest
 from jettclip.models import transforms
 
 FIVE = ["A dog runs .", "a brown dog", "Two dogs", "The dog jumps over a log.", "A wet dog "]
-
-
-def encoded(image, kind="PNG", **options):
-    image.save(file := io.BytesIO(), kind, **options)
-    return file.getvalue()
 
 
 def jpeg(size=(20, 16), colour=(200, 30, 30)):
@@ -82,10 +76,6 @@ def test_flickr8k(flickr8k, monkeypatch):
     assert load_pairs("flickr8k").equals(pairs) and load_pairs("flickr8k", root="").equals(pairs)
     assert load_pairs("flickr8k", n=3).equals(pairs.head(3))
     assert not load_pairs("flickr8k", seed=1).long.equals(pairs.long)
-    path = flickr8k / "flickr8k_128px_train.parquet"
-    pd.read_parquet(path).drop(columns="captions").to_parquet(path)
-    with pytest.raises(ValueError, match=r"the column\(s\) captions; it has image, split, filen"):
-        load_pairs("flickr8k")
 
 
 def test_captions_in_other_orders(flickr8k):
@@ -104,42 +94,31 @@ def test_captions_in_other_orders(flickr8k):
 
 
 def test_clean_pairs():
-    broken = {"truncated": jpeg()[:-100], "zero bytes": b"", "text": b"<html>404 not found</html>"}
-    broken |= {"none": None, "not a number": float("nan"), "no file": "there/is/none.jpg"}
-    cases = {key: (image, "long", "short") for key, image in broken.items()} | {
+    cases = {
+        "truncated": (jpeg()[:-100], "long", "short"),
+        "no file": ("there/is/none.jpg", "long", "short"),
         "good": (jpeg(), "long", "short"),
         "empty": (jpeg(), "", "short"),
         "full stops": (jpeg(), "long", " . ."),
         "no caption": (jpeg(), float("nan"), None),
-        "blank": (jpeg(), "\n .\u00a0", "short"),
-        "surrogate": (jpeg(), "long", "a \ud83d dog"),
         "exact": (jpeg(), "dog " * 246, "short"),
         "too long": (jpeg(), "dog " * 247, "short"),
-        "short too long": (jpeg(), "long", "dog " * 300),
     }
-    rows = [(*row, "train", key) for key, row in cases.items()]
-    table = pd.DataFrame(rows, columns=COLUMNS, dtype=object)  # else pandas refuses the surrogate
+    table = pd.DataFrame([(*row, "train", key) for key, row in cases.items()], columns=COLUMNS)
     usable, report = clean_pairs(table)
-    assert list(usable.key) == ["good", "exact", "too long", "short too long"]
-    assert list(usable.index) == [0, 1, 2, 3] and len(PairDataset(usable, 32)) == 4
-    assert list(usable.digest) == [digest(jpeg())] * 4
-    assert list(report.key[:6]) == list(cases)[:6]
-    assert report.problem[:6].str.startswith("unreadable image, left out: ").all()
-    assert (report.key + ": " + report.problem)[6:].tolist() == [
+    assert list(usable.key) == ["good", "exact", "too long"] and list(usable.index) == [0, 1, 2]
+    assert list(usable.digest) == [digest(jpeg())] * 3
+    assert list(report.key[:2]) == list(cases)[:2]
+    assert report.problem[:2].str.startswith("unreadable image, left out: ").all()
+    assert (report.key + ": " + report.problem)[2:].tolist() == [
         "empty: empty long caption, left out",
         "full stops: empty short caption, left out",
         "no caption: empty long caption, left out",
         "no caption: empty short caption, left out",
-        "blank: empty long caption, left out",
-        r"surrogate: short caption with half a character, '\ud83d', left out",
         "too long: long caption of 249 tokens, truncated to 248",
-        "short too long: short caption of 302 tokens, truncated to 248",
     ]
-    assert list(clean_pairs(usable.iloc[:1])[1].columns) == ["key", "problem"]
     nothing, report = clean_pairs(table[:0])
     assert len(nothing) == len(report) == 0 and list(nothing.columns) == [*COLUMNS, "digest"]
-    with pytest.raises(ValueError, match=r"lacks the column\(s\) short, key; it has image, long"):
-        clean_pairs(table.drop(columns=["short", "key"]))
 
 
 def test_fingerprint_is_of_contents(tmp_path):
@@ -171,18 +150,6 @@ def test_a_photograph_without_captions_is_in_no_collage(flickr8k, monkeypatch):
     shown = " ".join(pairs.long)
     assert "the only caption" in shown and " 3 a" not in shown and " 5 a" not in shown
     assert len(data.load_details("collage", flickr8k, 5, image_size=48)) == 5
-    with pytest.raises(ValueError, match="collages need 10 photographs or more, not 8"):
-        load_pairs("collage", flickr8k, "train", 5)
-
-
-def test_read_image(tmp_path):
-    pixels, path = np.random.default_rng(0).integers(0, 256, (9, 12, 3)), tmp_path / "image.png"
-    for mode in ("RGB", "L", "P", "RGBA", "LA", "1"):
-        image = Image.fromarray(pixels.astype(np.uint8)).convert(mode)
-        expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-        path.write_bytes(encoded(image))
-        for source in (encoded(image), path, str(path)):
-            assert torch.equal(read_image(source), expected)
 
 
 def test_draw_crops():
@@ -195,23 +162,6 @@ def test_draw_crops():
     for seed in (1, 2):
         again = draw_crops(400, 3, seed, smallest=0.3, flip=True)
         assert np.array_equal(boxes, again) == (seed == 1)
-
-
-share = st.floats(0, 1)
-length = st.sampled_from([1, 2, 3, 57, 100, 10_000])
-
-
-@given(height=length, width=length, side=st.floats(0.01, 1), y=share, x=share)
-@settings(deadline=None)
-def test_crops_lie_inside_the_image(height, width, side, y, x):
-    def check(image, top, left, tall, wide, *size, **options):
-        assert tall >= 1 and top >= 0 and top + tall <= height
-        assert wide >= 1 and left >= 0 and left + wide <= width
-        return image
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.transform, "resized_crop", check)
-        data.crop(torch.zeros(1).expand(3, height, width), (side, y, x, 0), 8)
 
 
 def test_crop_by_hand():
@@ -233,7 +183,6 @@ def test_dataset(table):
     assert torch.allclose(image, data.crop(read_image(table.image[4]), boxes[4, 2], 16) / 255)
     assert long.shape == short.shape == (77,) and long[-1] == 49407  # truncated
     assert torch.equal(long[1:12], short[1:12])  # begins with the same words
-    assert len(PairDataset(table[:0], 32)) == 0
 
 
 def test_pixels_are_those_of_the_models_transform(table):
@@ -244,28 +193,30 @@ def test_pixels_are_those_of_the_models_transform(table):
         assert torch.allclose(seen, expected, atol=2 / 255 / 0.26)
 
 
-@pytest.mark.parametrize("draws", [False, True])
-def test_a_large_table_is_read_row_by_row(flickr8k, draws, monkeypatch, tmp_path):
+def test_a_large_table_is_read_by_workers(flickr8k, monkeypatch, tmp_path):
+    """No worker is a fork of this process, which may have threads, or gets the whole table."""
     pairs = load_pairs("flickr8k", flickr8k, draws=2)
     paths = [tmp_path / f"{i}.jpg" for i in range(8)]
     for path, image in zip(paths, pairs.image, strict=True):
         path.write_bytes(image)
     pairs["image"] = list(map(str, paths))
     crops = draw_crops(8, 3, seed=0, smallest=0.5)
-    kept = PairDataset(pairs, 16, 77, crops, draws)
+    kept = PairDataset(pairs, 16, 77, crops, draws=True)
     monkeypatch.setattr(data, "IN_MEMORY", 1000)
-    read = PairDataset(pairs, 16, 77, crops, draws)
+    monkeypatch.delattr("os.fork", raising=False)
+    read = PairDataset(pairs, 16, 77, crops, draws=True)
     assert kept.in_memory and not read.in_memory
-    batches = data.epoch_batches(8, 4, 0, 0, crops=3)
+    batches = data.epoch_batches(8, 2, 0, 0, crops=3)
     for expected, batch in zip(data.loader(kept, batches), data.loader(read, batches), strict=True):
-        assert all(map(torch.equal, expected, batch))  # read by worker processes
+        assert all(map(torch.equal, expected, batch))
     assert all(map(np.array_equal, kept[5, 2], read[5, 2]))
+    assert len(pickle.dumps(read.part(batches[0]))) < 0.7 * len(pickle.dumps(read))
 
 
 def test_a_changed_image_is_noticed(table, tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_bytes(table.image[0])
-    checked, _ = clean_pairs(table[:2].assign(image=[str(path), str(path)]))
+    checked, _ = clean_pairs(table[:2].assign(image=str(path)))
     monkeypatch.setattr(data, "IN_MEMORY", 0)
     dataset = PairDataset(checked, 16)
     dataset[1, 0]
@@ -273,38 +224,18 @@ def test_a_changed_image_is_noticed(table, tmp_path, monkeypatch):
     path.write_bytes(table.image[1])
     with pytest.raises(RuntimeError, match=rf"{changed} 00 again \({path}: other contents\)"):
         dataset[1, 0]
-    with pytest.raises(RuntimeError, match=f"^{changed}.* 00 again"):
-        list(data.loader(dataset, [[(1, 0)]]))  # by a worker
     path.unlink()
     with pytest.raises(RuntimeError, match=rf"{changed} 00 again \({path}: No such file"):
         dataset[1, 0]
-
-
-def test_no_worker_is_a_copy_of_this_process(table, monkeypatch):
-    """It may have threads: of OpenVINO, of a notebook. And no worker gets the whole table."""
-    monkeypatch.setattr(data, "IN_MEMORY", 0)
-    monkeypatch.delattr("os.fork", raising=False)
-    dataset, batches = PairDataset(table, 16), data.in_order(24, 5)
-    expected = [dataset.batch(batch)[0] for batch in batches]
-    seen = [pixels for _, _, pixels, *_ in data.loader(dataset, batches)]
-    assert all(torch.equal(dataset.scaled(x), y) for x, y in zip(expected, seen, strict=True))
-    assert data.start_method().get_start_method() != "fork"
-    assert len(pickle.dumps(dataset.part(batches[0]))) < len(pickle.dumps(dataset)) / 3
 
 
 def test_nothing_and_little(table):
     assert data.epoch_batches(3, 8, 0, 0).shape == (0, 8, 2) and data.in_order(0, 8) == []
     assert draw_crops(0, 2, seed=0).shape == (0, 2, 4)
     for draws in (False, True):
-        empty = table[:0].assign(longs=[], shorts=[])
-        dataset = PairDataset(empty, 32, draws=draws)
+        dataset = PairDataset(table[:0].assign(longs=[], shorts=[]), 32, draws=draws)
         assert len(dataset) == 0 and dataset.long.shape == (0, 248)
         assert list(data.loader(dataset, data.in_order(0, 8))) == []
-    pixel = encoded(Image.new("RGB", (1, 1), (255, 0, 0)))
-    with pytest.raises(ValueError, match="crops of 3 images for 24 rows"):
-        PairDataset(table, 32, crops=draw_crops(3, 1, seed=0))
-    dataset = PairDataset(table[:1].assign(image=[pixel]), 16)
-    assert dataset[0, 0][2].mean(dim=(1, 2)).tolist() == [1, 0, 0]
 
 
 def test_epoch_batches():

@@ -4,6 +4,7 @@ import io
 import os
 import struct
 import zlib
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from test_runtime import photo
 from jettclip import inputs
 from jettclip.inputs import Unreadable, read_photo
 from jettclip.models import model_config, transforms
-from jettclip.text import byte_pairs
 
 
 def encoded(image, kind="PNG", **options):
@@ -37,27 +37,14 @@ def png16(colours, *values):
     return png(1, 1, 16, colours, chunk(b"IDAT", zlib.compress(rows)))
 
 
-PALETTE = Image.new("P", (1, 1))
-PALETTE.putpalette([255, 0, 0])
 PIXELS = {  # an image -> its pixel
     "16-bit RGB": (png16(2, 0x8000, 0, 0xFFFF), (128, 0, 255)),
     "16-bit grey": (png16(0, 0x8000), (128,) * 3),
     "16-bit RGBA": (png16(6, 0x8000, 0, 0, 0), (255,) * 3),
     "16-bit grey, PGM": (b"P5 1 1 65535\n\x80\x00", (128,) * 3),
-    "16-bit grey, TIFF": (
-        encoded(Image.fromarray(np.full((1, 1), 30000, "u2")), "TIFF"),
-        (117,) * 3,
-    ),
-    "RGBA": (encoded(Image.new("RGBA", (1, 1), (255, 0, 0, 0))), (255,) * 3),
     "RGBA, half": (encoded(Image.new("RGBA", (1, 1), (255, 0, 0, 51))), (255, 204, 204)),
     "LA": (encoded(Image.new("LA", (1, 1), (9, 0))), (255,) * 3),
-    "RGB with a clear colour": (
-        encoded(Image.new("RGB", (1, 1)), transparency=(0,) * 3),
-        (255,) * 3,
-    ),
-    "palette": (encoded(PALETTE), (255, 0, 0)),
-    "palette, clear": (encoded(PALETTE, "GIF", transparency=0), (255,) * 3),
-    "WebP": (encoded(Image.new("RGBA", (1, 1)), "WEBP", lossless=True), (255,) * 3),
+    "palette, clear": (encoded(Image.new("P", (1, 1)), "GIF", transparency=0), (255,) * 3),
     "CMYK": (encoded(Image.new("CMYK", (1, 1)), "JPEG"), (255,) * 3),
 }
 
@@ -73,10 +60,10 @@ def test_pixels(name):
 @pytest.mark.parametrize("orientation, red", [(1, (0, 0)), (6, (1, 0)), (3, (1, 1)), (8, (0, 1))])
 def test_photos_are_turned_as_exif_says(orientation, red, tmp_path):
     path = photo(tmp_path / "a.jpg", orientation)
-    for at_least in (None, 16):
-        image = read_photo(path, at_least)
-        width, height = image.size
-        assert (width > height) == (orientation in (1, 3)) and (at_least is None) == (width > 400)
+    for at_least, scale in ((None, 1), (16, 8)):
+        width, height = (image := read_photo(path, at_least)).size
+        assert sorted(image.size) == [480 // scale, 640 // scale]
+        assert (width > height) == (orientation in (1, 3))
         for x, y in ((0, 0), (1, 0), (0, 1), (1, 1)):
             pixel = image.getpixel((x * (width - 1), y * (height - 1)))
             assert (pixel[0] > 200) == ((x, y) == red)
@@ -85,7 +72,7 @@ def test_photos_are_turned_as_exif_says(orientation, red, tmp_path):
 def test_a_photo_is_turned_once_and_the_callers_image_stays(tmp_path):
     path = photo(tmp_path / "a.jpg", 6)
     image = Image.open(path)
-    for source in (path.read_bytes(), image, read_photo(path), read_photo(image)):
+    for source in (path.read_bytes(), image, read_photo(image)):
         assert read_photo(source).size == (480, 640)
     assert image.size == (640, 480) and image.getexif()[0x0112] == 6
 
@@ -100,19 +87,14 @@ def test_malformed_exif_beside_good_pixels_is_ignored(exif):
 
 
 NOTHING = {
-    "a bytes-like object is required": [float("nan"), 3, ["a.jpg"]],
     "no image in a known format": [None, b"", b"<html>404 not found</html>", b"\x89PNG\r\n\x1a\n"],
     "truncated": [
         encoded(Image.effect_noise((99, 99), 50), kind)[:-99] for kind in ("JPEG", "PNG")
     ],
     "pixels of mode F have no known range": [Image.new("F", (1, 1))],
     "EPS files are not read": [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n%%EndComments\n"],
-    "exceeds": [
-        png(12_000, 12_000, 8, 0),
-        png(60_000, 60_000, 1, 0),
-        Image.new("1", (10_001,) * 2),
-    ],
-    "a ratio below 200": [png(1, 200, 8, 0), Image.new("L", (0, 0)), Image.new("L", (0, 5))],
+    "exceeds": [png(12_000, 12_000, 8, 0), png(60_000, 60_000, 1, 0)],
+    "a ratio below 200": [png(1, 200, 8, 0), Image.new("L", (0, 0))],
 }
 
 
@@ -142,15 +124,11 @@ def test_only_regular_files_are_opened(tmp_path, monkeypatch):
                 read(path.name)
 
 
-@pytest.mark.parametrize("error", [SyntaxError(), MemoryError(), RecursionError("deep")])
+@pytest.mark.parametrize("error", [SyntaxError(), RecursionError("deep")])
 def test_whatever_a_decoder_raises_is_named(error, monkeypatch):
-    def load(image):
-        raise error
-
-    file = PIXELS["RGBA"][0]
-    monkeypatch.setattr(Image.Image, "load", load)
+    monkeypatch.setattr(Image.Image, "convert", Mock(side_effect=error))
     with pytest.raises(Unreadable, match=str(error) or type(error).__name__):
-        read_photo(file)
+        read_photo(PIXELS["CMYK"][0])
 
 
 def test_a_jpeg_of_200_megapixels_is_read_at_a_smaller_scale():
@@ -160,16 +138,11 @@ def test_a_jpeg_of_200_megapixels_is_read_at_a_smaller_scale():
         read_photo(file)
 
 
-def test_digest(tmp_path):
-    (tmp_path / "a").write_bytes(b"abc")
-    assert inputs.digest(tmp_path / "a") == inputs.digest(b"abc")
+def test_digest():
     assert inputs.digest(b"abc") == "cf4ab791c62b8d2b2109c90275287816"  # b2sum -l 128
 
 
-PHOTOS = [("RGB", (60, 90)), ("L", (200, 33)), ("RGBA", (32, 32)), ("P", (5, 7))]
-
-
-@pytest.mark.parametrize("mode, size", [*PHOTOS, ("RGB", (481, 640))])
+@pytest.mark.parametrize("mode, size", [("L", (200, 33)), ("P", (5, 7)), ("RGBA", (481, 640))])
 def test_pixels_are_the_models(mode, size):
     noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     file = encoded(Image.fromarray(noise).convert(mode))
@@ -177,12 +150,3 @@ def test_pixels_are_the_models(mode, size):
         scaling, size = config["preprocess"], config["vision_cfg"]["image_size"]
         pixels, expected = inputs.transform(file, size, **scaling), transforms(config)[1](file)
         np.testing.assert_allclose(pixels, expected, rtol=0, atol=1e-5 / max(scaling["std"]))
-
-
-def test_texts():
-    words = inputs.Tokenizer(*byte_pairs(), 77)
-    assert words([]).shape == (0, 77) and words("", 2).tolist() == [[49406, 49407]]
-    with pytest.raises(ValueError, match="context_length is 1: use 2 or more"):
-        words("a", 1)
-    with pytest.raises(TypeError, match="None is no text: use strings"):
-        words(["a", None])

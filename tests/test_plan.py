@@ -116,24 +116,17 @@ REFUSED = {
     "size: 1e5": "size: '1e5' is not of the type of its default, 64",
     "size: yes": "size: True is not",
     "rate: fast": "wrong.yaml: rate: 'fast' is not",
-    "rate: 1.2.3": "rate: '1.2.3' is not of the type",
-    "rate: yes": "rate: True is not",
     "size: 0": "size: 0 is not at least 1",
     "rate: 0": "rate: 0.0 is not above 0",
     "rate: .inf": "rate: inf is not finite",
-    "context: .nan": "context: nan is not of the type",
     "share: 0.09": "share: 0.09 is not from 0.1 to 1",
-    "share: 2": "share: 2.0 is not from 0.1 to 1",
     "weights: [1, -1]": "weights: -1.0 is not at least 0",
     "weights: [1.0]": "weights: \\[1.0\\] has to have 2 items",
     "variants: [{weights: [[1, 1], [1, -1]]}]": "weights: -1.0 is not",
     "variants: [{method: FD}]": "method: choice 'FD' is unknown: did you mean 'fd'",
     "factors: {fd: 1, CRD: 1}": "factors: choice 'CRD' is unknown: did you mean 'crd'",
     "factors: {fd: x}": "factors, fd: 'x' is not of the type",
-    "factors: {fd: -1}": "factors, fd: -1.0 is not at least 0",
-    "factors: [fd]": "factors: \\['fd'\\] is not of the type",
     "more: {7: a.pt}": "more: 7 is not of the type",
-    "more: {a: [a.pt]}": "more, a: \\['a.pt'\\] is not of the type",
     "test_sets: {A: folder}": "test_sets, A: 'folder' is not of the type",
     "test_sets: {A: [folder]}": "test_sets, A: \\['folder'\\] has to have 2 items",
     "test_sets: {A: [foldr, a]}": "test_sets, A: choice 'foldr' is unknown: did you mean 'folder'",
@@ -141,11 +134,8 @@ REFUSED = {
     "against: fd-both": "against: 'fd-both' is not of the type",
     "source: folder": "data_root: name the folder of the data, or set .* JETTCLIP_DATA",
     "7: 1": "parameter 7 is unknown",
-    "variants: [{7: 1}]": "parameter 7 is unknown",
     "variants: [{method: []}]": "{'method': \\[\\]} has an empty list",
     "variants: []": "write variants as a list",
-    "weights: [1.0, x]": "weights: 'x' is not",
-    "variants: [{pairs: long+both}]": "pairs: choice 'long\\+both'",
     "variants: [{method: crd+df}]": "method: choice 'df' is unknown: did you mean 'fd'",
     "variants: [{size: 3}]": "parameter 'size' is unknown",
     "variants: [{method: a/b}]": "variant 'a/b' .* cannot name a folder",
@@ -164,19 +154,19 @@ def test_refused_before_any_work(root, line, monkeypatch):
             workflow.plan(profile, root)
 
 
-@pytest.mark.parametrize("text", ["", "# later", "- 1", "a: b: c"])
-def test_a_profile_without_keys_is_refused(root, text):
-    (root / "notebooks/profiles/tiny.yaml").write_text(text)
-    with pytest.raises(ValueError, match="^tiny.yaml: "):
-        workflow.plan("tiny", root)
+PROFILES = {  # whole files
+    "# later": "a profile consists of lines",
+    "- 1": "a profile consists of lines",
+    "a: b: c": "mapping values are not allowed",
+    "size: 32\nsize: 64": "line 2: 'size' is there twice",
+    "variants: [{seed: 0, seed: 1}]": "line 1: 'seed' is there twice",
+}
 
 
-@pytest.mark.parametrize(
-    "text", ["size: 32\nsize: 64", "more: {a: x, a: y}", "variants: [{seed: 0, seed: 1}]"]
-)
-def test_a_key_written_twice_is_refused(root, text):
+@pytest.mark.parametrize("text", PROFILES)
+def test_a_file_that_is_no_profile_is_refused(root, text):
     (root / "notebooks/profiles/tiny.yaml").write_text(text)
-    with pytest.raises(ValueError, match="^tiny.yaml: line [12]: '(size|a|seed)' is there twice"):
+    with pytest.raises(ValueError, match="^tiny.yaml: " + PROFILES[text]):
         workflow.plan("tiny", root)
 
 
@@ -243,8 +233,6 @@ def test_plausible_edits_of_a_notebook(root, monkeypatch):
     "old, new, error",
     [
         ('["parameters"]', "[]", "no cell is tagged `parameters`"),
-        ("size = 64", "size: int = 64", "'size: int = 64 .* is not `name = constant`"),
-        ("size = 64", "size = 8 * 8", "'size = 8 \\* 8 .* is not `name = constant`"),
         ("print(", "print((", "never closed"),
         ("{", "", "Extra data"),
     ],
@@ -289,18 +277,23 @@ def finish(process):
     return process.returncode, re.findall(r"^started (\S+)$", output, re.M), output
 
 
-def test_only_what_changed_or_failed_runs_again(root):
+def test_only_what_changed_or_failed_runs_again(root, monkeypatch):
+    monkeypatch.setenv("JETTCLIP_DATA", "photos")
+    (root / "notebooks/profiles/tiny.yaml").write_text(PROFILE + "source: folder")
+    (root / "photos").mkdir()
+    write_notebook(root, "00_data", "print('data of', profile, 'in', data_root)")
     code = "from jettclip import train\nassert method != train.fails, 'no fd today'"
     write_notebook(root, "02_train", code)
     (root / "jettclip/train.py").write_text("fails = 'fd'")
     code, steps, output = finish(snakemake(root, "--keep-going"))
     assert code == 1 and output.count("AssertionError: no fd today") == 3  # two retries
-    assert "hello from tiny" in output and set(steps) == {*STEPS[:4]}, output
+    assert f"\ndata of tiny in {root}/photos\n" in output and set(steps) == {*STEPS[:4]}, output
     code, steps, _ = finish(snakemake(root, config=["finished_only=1"]))
     assert code == 0 and sorted(steps) == sorted(STEPS[4:])  # the report without a student
 
-    write_notebook(root, "00_data", prose="Better prose.")  # and with it the time of the file
-    (root / "jettclip/search.py").write_text("x = 1")  # imported by none
+    # Better prose, and with it the time of the file; a module that none imports.
+    write_notebook(root, "00_data", "print('data of', profile, 'in', data_root)", "Better prose.")
+    (root / "jettclip/search.py").write_text("x = 1")
     assert finish(snakemake(root, config=["finished_only=1"]))[:2] == (0, [])
 
     (root / "jettclip/train.py").write_text("fails = 'none'")
@@ -311,21 +304,8 @@ def test_only_what_changed_or_failed_runs_again(root):
     write_notebook(root, "03_reparameterize", "1 / 1")
     code, again, _ = finish(snakemake(root))  # what follows runs too, though that took two calls
     assert code == 0 and sorted(steps + again) == sorted([*STEPS[2:], "deploy"])
-
-
-def test_other_or_edited_data_run_again(root, monkeypatch):
-    monkeypatch.setenv("JETTCLIP_DATA", "photos")
-    (root / "notebooks/profiles/tiny.yaml").write_text(PROFILE + "source: folder")
-    (root / "photos").mkdir()
-    write_notebook(root, "00_data", "print(data_root)")
-    code, steps, output = finish(snakemake(root, "runs/tiny/data/done"))
-    assert (code, steps) == (0, ["data"]) and f"\n{root}/photos\n" in output
-    assert finish(snakemake(root, "runs/tiny/data/done"))[:2] == (0, [])
     (root / "photos/a.jpg").touch()
     assert finish(snakemake(root, "runs/tiny/data/done"))[:2] == (0, ["data"])
-    monkeypatch.setenv("JETTCLIP_DATA", "missing")
-    code, steps, output = finish(snakemake(root))
-    assert code == 1 and f"error: data_root: there is no {root}/missing" in output
 
 
 def test_killed_and_started_again(root):
@@ -333,8 +313,8 @@ def test_killed_and_started_again(root):
     waiting = "import os, pathlib, time\nopen(f'{variant}.pid', 'w').write('x')\n"
     waiting += "while not pathlib.Path('go').exists():\n    time.sleep(0.05)"
     write_notebook(root, "02_train", waiting)
-    checkpoint = root / "runs/tiny/fd-both-s0/last.ckpt"
-    first = snakemake(root)
+    checkpoint, student = root / "runs/tiny/fd-both-s0/last.ckpt", "runs/tiny/fd-both-s0/done"
+    first = snakemake(root, student)
     while not (root / "notebooks/fd-both-s0.pid").exists():
         time.sleep(0.05)
     checkpoint.write_text("half trained")
@@ -347,12 +327,12 @@ def test_killed_and_started_again(root):
     first.kill()
     first.wait()
 
-    second = snakemake(root)
+    second = snakemake(root, student)
     lines = iter(second.stdout.readline, "")
     assert any("waiting for the process that runs this notebook" in line for line in lines)
     (root / "notebooks/go").touch()
     code, steps, output = finish(second)
-    assert code == 0 and steps == ["fd-both-s0", "crd-both-s0", *steps[2:]], output
+    assert code == 0 and steps == ["fd-both-s0"], output
     assert checkpoint.read_text() == "half trained"
 
 
@@ -364,12 +344,11 @@ def test_papermill_executes_in_this_python(root, monkeypatch):
     (root / "home/kernels/python3").mkdir(parents=True)
     (root / "home/kernels/python3/kernel.json").write_text(json.dumps(wrong))
     monkeypatch.setenv("PYTHONUTF8", "0")
-    code = "import os, sys\nprint(sys.flags.utf8_mode, sys.executable, os.getcwd(), size + 1)"
-    write_notebook(root, "00_data", code)
-    write_notebook(root, "01_teacher_features", "assert rate != 0.00001, 'a number'")
-    code, _, output = finish(snakemake(root, "runs/tiny/teacher/done"))
+    monkeypatch.setitem(PARAMETERS, "00_data", PARAMETERS["00_data"] + "\nrate = 0.1")
+    code = "import os, sys\nprint(sys.flags.utf8_mode, sys.executable, os.getcwd(), size + 1)\n"
+    write_notebook(root, "00_data", code + "assert rate != 0.00001, 'a number'")
+    code, _, output = finish(snakemake(root, "runs/tiny/data/done"))
     assert code == 1 and f"\n1 {sys.executable} {root / 'notebooks'} 33\n" in output
-    failed = root / "runs/tiny/teacher/01_teacher_features.ipynb"
+    failed = root / "runs/tiny/data/00_data.ipynb"
     assert "AssertionError: a number" in output and str(failed.relative_to(root)) in output
-    assert "AssertionError" in failed.read_text()
-    assert (root / "runs/tiny/data/done").exists() and not failed.with_name("done").exists()
+    assert "AssertionError" in failed.read_text() and not failed.with_name("done").exists()

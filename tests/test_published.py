@@ -1,10 +1,11 @@
 """Each source is read from a small tree in exactly the layout that its authors publish."""
 
 import json
-import pickle
+import shutil
 import tempfile
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets import CIFAR100
 
 from jettclip.data import COLUMNS, clean_pairs, load_pairs, read_image
 from jettclip.datasets import published
@@ -55,12 +56,12 @@ def conversation(image, text):
     "path", ["share-captioner_coco_lcs_sam_1246k_1107.json", "data/sharegpt4v/sharegpt4v.json"]
 )
 def test_sharegpt4v(path, tree, tmp_path):
-    images = ["coco/train2017/000000000009.jpg", "llava/00453/004539375.jpg", "sam/sa_545504.jpg"]
-    texts = [f"Row {i} shows a dog. It runs\n\nover grass." for i in range(2003)]
-    tree(path, [conversation(images[(i + 1) % 3], text) for i, text in enumerate(texts)])
+    images = ["coco/train2017/000000000009.jpg", "sam/sa_545504.jpg"]
+    texts = [f"Row {i} shows a dog. It runs\n\nover grass." for i in range(2002)]
+    tree(path, [conversation(images[i % 2], text) for i, text in enumerate(texts)])
     for image in images:
         tree(f"data/{image}")
-    train = usable(load_pairs("sharegpt4v", tmp_path), 3)
+    train = usable(load_pairs("sharegpt4v", tmp_path), 2)
     short = "Row 2000 shows a dog"
     assert (train.long[0], train.short[0]) == (f"{short}. It runs  over grass.", short)
     assert train.key.tolist() == images and set(train.split) == {"train"}
@@ -142,16 +143,9 @@ COCO, SHARE = "annotations/captions_train2017.json", "sharegpt4v.json"
 META = "metadata.jsonl"
 BAD_FILES = [
     ("sharegpt4v", SHARE, [ITEM] * 2001, "'../../etc/passwd' lies outside of the data folder"),
-    ("sharegpt4v", SHARE, [{**ITEM, "conversations": []}] * 2001, "IndexError .*item 2000 of /"),
     ("sharegpt4v", SHARE, [ITEM] * 2000, "/sharegpt4v.json .*no readable row of the split train"),
     ("folder", META, '{"file_name": "/etc/passwd", "text": "x"}', "lies outside"),
-    (
-        "folder",
-        META,
-        '{"text": "x", "split": "test"}\n{"f',
-        r"JSONDecode.* \(line 2 of /.*/metadata",
-    ),
-    ("folder", META, "[" * 100_000, "RecursionError"),
+    ("folder", META, '{"f', r"JSONDecode.* \(line 1 of /.*/metadata"),
     ("flickr8k", "flickr8k_64px_train.parquet", "PAR1", "_train.parquet is not laid out as publi"),
     ("coco", COCO, {"images": []}, "is not laid out as published: KeyError 'annotations'"),
     ("karpathy", "dataset_coco.json", "[1, 2", "is not laid out as published: JSONDecodeError"),
@@ -171,41 +165,29 @@ def test_bad_files(source, file, content, problem, tree, tmp_path, monkeypatch):
         load_pairs(source, tmp_path)
 
 
-@pytest.mark.parametrize("source, reader", [("cifar10", CIFAR10), ("cifar100", CIFAR100)])
-def test_cifar(source, reader, tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=f"no complete {reader.base_folder}/.*: unpack "):
-        classes(source, tmp_path)
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), dtype=np.uint8)
-    labels = "labels" if source == "cifar10" else "fine_labels"
-    files = [name for name, _ in reader.train_list + reader.test_list]
-    contents = dict.fromkeys(files, {"data": pixels.reshape(4, 3072), labels: [0, 1, 2, 3]})
-    names = ["airplane", "aquarium_fish", "bird", "cat"]
-    contents[reader.meta["filename"]] = {reader.meta["key"]: names}
-    (tmp_path / reader.base_folder).mkdir()
-    for name, content in contents.items():
-        (tmp_path / reader.base_folder / name).write_bytes(pickle.dumps(content))
-    for files in ("train_list", "test_list"):  # without the checksums of the published files
-        monkeypatch.setattr(reader, files, [[name, None] for name, _ in getattr(reader, files)])
-    monkeypatch.setattr(reader, "meta", {**reader.meta, "md5": None})
-    table, names = classes(source, tmp_path)
-    assert names == ["airplane", "aquarium fish", "bird", "cat"]
-    assert table.label.tolist() == [0, 1, 2, 3]
-    assert np.array_equal([read_image(image).numpy() for image in table.image], pixels)
-    assert len(classes(source, tmp_path, "train")[0]) == 4 * len(reader.train_list)
+def test_cifar(tmp_path, monkeypatch):
+    missing = f"no complete {CIFAR100.base_folder}/ in '{tmp_path}': unpack http"
+    with pytest.raises(FileNotFoundError, match=missing):
+        classes("cifar100", tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    found = SimpleNamespace(data=pixels, classes=["aquarium_fish", "bird"], targets=[1, 0])
+    monkeypatch.setattr(published, "CIFAR10", lambda root, train: found)
+    table, names = classes("cifar10", tmp_path)
+    assert names == ["aquarium fish", "bird"] and table.label.tolist() == [1, 0]
+    seen = [read_image(image).permute(1, 2, 0) for image in table.image]
+    assert np.array_equal(seen, pixels)
 
 
-def test_imagenet(tree, tmp_path):
-    for i in range(1000):
-        (tmp_path / f"val/n{i:08}").mkdir(parents=True)
-    tree("val/n00000001/ILSVRC2012_val_00000293.JPEG")
+def test_imagenet(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(published, "IMAGENET_CLASSNAMES", ["tench", "goldfish"])
+    for name in (".DS_Store", "n0/Thumbs.db", "n1/ILSVRC2012_val_00000293.JPEG", "n1/._1.JPEG"):
+        tree(f"val/{name}")
     table, names = classes("imagenet", tmp_path)
-    assert len(names) == 1000 and names[1] == "goldfish" and table.label.tolist() == [1]
-    assert read_image(table.image[0]).shape == (3, 16, 20)
-    (tmp_path / "val/n00000005").rmdir()
-    with pytest.raises(FileNotFoundError, match="/val has 999 class folders .*ImageNet's 1000"):
+    assert names == ["tench", "goldfish"] and table.label.tolist() == [1]
+    assert table.image.tolist() == [str(tmp_path / "val/n1/ILSVRC2012_val_00000293.JPEG")]
+    shutil.rmtree(tmp_path / "val/n0")
+    with pytest.raises(FileNotFoundError, match="/val has 1 class folders .*ImageNet's 1000"):
         classes("imagenet", tmp_path)
-    with pytest.raises(ValueError, match="source 'coco' has no classes: cifar10"):
-        classes("coco", tmp_path)
 
 
 def item(name, text, **more):
@@ -263,18 +245,13 @@ def test_a_bad_row_is_left_out_by_name(source, tree, tmp_path):
 JUNK = [".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX/._x.jpg", ".ipynb_checkpoints/x.txt"]
 
 
-def test_what_operating_systems_add_is_not_data(tree, tmp_path, monkeypatch):
-    for folder, name in product(("image", "caption", "val"), [*JUNK, "._1.txt", "._1.jpg"]):
+def test_what_operating_systems_add_is_not_data(tree, tmp_path):
+    for folder, name in product(("image", "caption"), [*JUNK, "._1.txt", "._1.jpg"]):
         tree(f"{folder}/{name}")
     tree("image/1.jpg")
     tree("caption/1.txt", "\ufeffA street.")
     pairs = load_pairs("urban1k", tmp_path, "test")
     assert pairs[["key", "long"]].to_numpy().tolist() == [["1", "A street."]]
-    monkeypatch.setattr(published, "IMAGENET_CLASSNAMES", ["tench"])
-    for name in ("1.JPEG", "._1.JPEG", "Thumbs.db"):
-        tree(f"val/n00000003/{name}")
-    table, _ = classes("imagenet", tmp_path)
-    assert table.image.tolist() == [str(tmp_path / "val/n00000003/1.JPEG")]
     for name in ("dataset_coco.json", "._dataset_coco.json"):
         tree(f"karpathy/{name}", {"images": [SAID]})
     for name in ("photos", ".ipynb_checkpoints", "__MACOSX"):
@@ -286,32 +263,25 @@ def test_a_data_root_is_made_absolute_once(tree, tmp_path, monkeypatch):
     tree("home/data/metadata.jsonl", item("a.jpg", "a dog"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path / "home")
-    for root in ("~/data", "data", "../home/data", Path("data")):
+    for root in ("~/data", "../home/data", Path("data")):
         monkeypatch.delenv("JETTCLIP_DATA", raising=False)
         tables = [load_pairs("folder", root)]
         monkeypatch.setenv("JETTCLIP_DATA", str(root))
         for table in (*tables, load_pairs("folder"), load_pairs("folder", "")):
             assert table.image[0] == str(tmp_path / "home/data/a.jpg")
-    for source in ("flickr8k", "coco", "karpathy", "sharegpt4v", "collage"):
-        with pytest.raises(FileNotFoundError, match=f"in '{tmp_path}/home/data'"):
-            load_pairs(source, "~/data", n=1)
+    with pytest.raises(FileNotFoundError, match=f"in '{tmp_path}/home/data'"):
+        load_pairs("collage", "~/data", n=1)
     for source, found in (("imagenet", "data/val has 0 class"), ("cifar10", "data': unpack")):
         with pytest.raises(FileNotFoundError, match=f"{tmp_path}/home/{found}"):
             classes(source, "~/data")
 
 
 text = st.text(st.characters(codec="utf-8") | st.just("\ud83d"), max_size=20)
-anything = st.recursive(
-    st.none() | st.integers() | st.floats() | text,
-    lambda x: st.lists(x, max_size=2) | st.dictionaries(text, x, max_size=2),
-    max_leaves=4,
-)
 
 
-@given(st.lists(text, min_size=1, max_size=4), st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
+@given(st.lists(text, max_size=4), st.booleans(), st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
 @settings(deadline=None, max_examples=40)
-@pytest.mark.parametrize("ascii", [True, False])
-def test_a_caption_comes_back_as_written_or_is_left_out(ascii, texts, encoding):
+def test_a_caption_comes_back_as_written_or_is_left_out(texts, ascii, encoding):
     rows = [item(f"{i}.jpg", text) for i, text in enumerate(["a dog", *texts])]
     lines = "\n".join(json.dumps(x, ensure_ascii=ascii or encoding == "utf-16") for x in rows)
     with tempfile.TemporaryDirectory() as root:
@@ -322,29 +292,3 @@ def test_a_caption_comes_back_as_written_or_is_left_out(ascii, texts, encoding):
     empty = [not row["text"].replace(".", "").strip() for row in rows]
     assert bad.tolist() == [x or "\ud83d" in y["text"] for x, y in zip(empty, rows, strict=True)]
     assert pairs.long[~bad].tolist() == [rows[i]["text"] for i in pairs.index[~bad]]
-
-
-@given(anything, st.binary(max_size=9), st.integers(0, 300))
-@settings(deadline=None, max_examples=20)
-@pytest.mark.parametrize("source", ["folder", "karpathy", "coco", "sharegpt4v"])
-def test_what_is_no_row_spoils_no_other(source, value, spoilt, place):
-    lines = [item("0.jpg", "x"), value, item("1.jpg", "x")]
-    talks = [0] * 2000 + [conversation("0.jpg", "x"), value, conversation("1.jpg", "x")]
-    notes = {"images": [IMAGES[0], value, IMAGES[1]], "annotations": [NOTES[0], value, NOTES[1]]}
-    said = [{**SAID, "filename": "0.jpg"}, value, {**SAID, "filename": "1.jpg"}]
-    file, content = {
-        "folder": (META, "\n".join(map(json.dumps, lines))),
-        "karpathy": ("dataset_coco.json", json.dumps({"images": said})),
-        "coco": (COCO, json.dumps(notes)),
-        "sharegpt4v": (SHARE, json.dumps(talks)),
-    }[source]
-    with tempfile.TemporaryDirectory() as root:
-        (Path(root) / "annotations").mkdir()
-        (Path(root) / file).write_text(content, encoding="utf-8")
-        assert load_pairs(source, root).key.isin(["0.jpg", "1.jpg"]).sum() == 2
-        data = content.encode()
-        (Path(root) / file).write_bytes(data[:-place] + spoilt + data[-place:])
-        try:
-            load_pairs(source, root).to_parquet(Path(root) / "pairs.parquet")
-        except ValueError as error:
-            assert str(error).startswith(f"{Path(root) / file} is not laid out as published: ")

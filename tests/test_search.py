@@ -37,13 +37,18 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "photos"
 
 
+@pytest.fixture(scope="module")
+def loaded(exported):
+    return runtime.load(exported[1])
+
+
 @pytest.fixture
-def update(folder, exported):
+def update(folder, loaded):
     """Function that opens and updates the index of `folder` -> (index, counts, its sentences)."""
 
-    def updated(export=exported[1], file=None):
+    def updated(model=loaded, file=None):
         sentences = []
-        index = search.PhotoIndex(folder, runtime.load(export), file, sentences.append)
+        index = search.PhotoIndex(folder, model, file, sentences.append)
         counts = list(index.update().values())[:5]  # new, changed, gone, unseen, unreadable
         return index, counts, sentences
 
@@ -146,65 +151,52 @@ def test_photos_that_cannot_be_seen_stay_in_the_index(lost, folder, update, tmp_
 
 
 def hostile(index, **changed):
-    """An index with other arrays or facts."""
+    """Write an index with other arrays, or other paths among its facts."""
     with np.load(index.file) as saved:
         arrays = dict(saved)
     facts = json.loads(arrays["facts"].tobytes())
-    facts |= {key: changed.pop(key) for key in facts.keys() & changed.keys()}
-    arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-    save = changed.pop("save", np.savez)
-    save(index.file, **arrays | changed)
+    facts["paths"] = changed.pop("paths", facts["paths"])
+    facts = {"facts": np.frombuffer(json.dumps(facts).encode(), np.uint8)}
+    np.savez(index.file, **arrays | facts | changed)
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"features": np.full((20, 16), np.nan, np.float32)},
-        {"features": np.zeros((20, 5), np.float32)},
-        {"features": np.array([print] * 20)},
-        {"stamps": np.array(["x"] * 40).reshape(20, 2)},
-        {"paths": ["../a.png"] * 3},
-        {"save": np.savez_compressed, "padding": np.zeros(1 << 20)},
-    ],
-)
-def test_a_hostile_index_is_built_again(changed, folder, update):
-    hostile(update()[0], **changed)
-    _, counts, (sentence,) = update()
-    assert counts == [20, 0, 0, 0, 0] and "index.npz is not used" in sentence
+def test_a_damaged_or_hostile_index_is_built_again(update):
+    index = update()[0]
+    data = index.file.read_bytes()
+    nothing, nan = np.zeros((20, 5), np.float32), np.full((20, 16), np.nan, np.float32)
+    changes = [{"features": nothing}, {"features": nan}, {"features": np.array([print] * 20)}]
+    for change in (b"", data[: len(data) // 2], b"x" * 100, *changes, {"paths": ["../a.png"] * 3}):
+        if isinstance(change, dict):
+            hostile(index, **change)
+        else:
+            index.file.write_bytes(change)
+        _, counts, (sentence,) = update()
+        assert counts == [20, 0, 0, 0, 0] and "index.npz is not used" in sentence
 
 
-def test_nothing_in_the_folder_is_trusted(folder, exported, update, tmp_path, monkeypatch):
+def test_nothing_in_the_folder_is_trusted(folder, update, tmp_path):
     (tmp_path / "secret.png").write_bytes((folder / "01.png").read_bytes())
     names = ["../secret.png", str(tmp_path / "secret.png"), *map(str, range(18))]
     hostile(update()[0], paths=names)
     index, counts, _ = update()
-    assert counts[0] == 20 and {path.parent for path, _ in index.search("a", 40)} == {
-        folder,
-        folder / "more",
-    }
+    assert counts[0] == 20 and all(path.is_relative_to(folder) for path, _ in index.search("a", 40))
     (folder / ".jettclip").rename(tmp_path / "elsewhere")
     (folder / ".jettclip").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="is a link out of the folder: name a file with --index"):
         update()
-    (folder / ".jettclip").unlink()
     os.mkfifo(tmp_path / "pipe")  # as the index: nothing waits for it
     assert update(file=tmp_path / "pipe")[1][0] == 20
 
 
-def test_another_model_or_a_damaged_file_means_indexing_again(exported, update, tmp_path):
-    index = update()[0]
-    other = shutil.copytree(exported[1], tmp_path / "other")
+def test_another_model_means_indexing_again(exported, update, tmp_path):
+    index, other = update()[0], shutil.copytree(exported[1], tmp_path / "other")
     config = json.loads((other / "deploy.json").read_text())
     same = {**config, "versions": {}}  # another export of the same weights
     for changed, counted in ((same, 0), ({**config, "image_weights": "0"}, 20)):
         (other / "deploy.json").write_text(json.dumps(changed))
         problem = f"{index.file} is not used (it is of another model): indexing photos again"
-        assert update(other)[1:] == ([counted, 0, 0, 0, 0], [problem] * (counted > 0))
-    data = index.file.read_bytes()
-    for broken in (b"", data[: len(data) // 2], b"x" * 100):
-        index.file.write_bytes(broken)
-        _, counts, (sentence,) = update(other)
-        assert counts == [20, 0, 0, 0, 0] and "index.npz is not used" in sentence
+        _, counts, sentences = update(runtime.load(other))
+        assert (counts, sentences) == ([counted, 0, 0, 0, 0], [problem] * (counted > 0))
 
 
 def test_killed_indexing_resumes(folder, update):
@@ -215,25 +207,22 @@ def test_killed_indexing_resumes(folder, update):
         update()
 
     file, saved = folder / ".jettclip/index.npz", []
-    for _ in range(2):
-        process, before = get_context("fork").Process(target=slowly), len(saved)
-        process.start()
-        while process.is_alive() and len(saved) == before:
-            time.sleep(0.01)
-            if file.exists():
-                with np.load(file) as arrays:
-                    saved = json.loads(arrays["facts"].tobytes())["paths"]
-        process.kill()
-        process.join()
-    old, young = (folder / f".jettclip/.index.npz.tmp{process}.npz" for process in (1, 2))
-    for half in (old, young):  # of a process killed while it was writing, and of one that writes
-        half.write_bytes(b"half")
-    os.utime(old, (0, 0))
+    process = get_context("fork").Process(target=slowly)
+    process.start()
+    while process.is_alive() and not saved:
+        time.sleep(0.01)
+        if file.exists():
+            with np.load(file) as arrays:
+                saved = json.loads(arrays["facts"].tobytes())["paths"]
+    process.kill()
+    process.join()
+    writes = folder / ".jettclip/.index.npz.tmp1.npz"  # another search, now
+    writes.touch()
     (index, counts, _), (fresh, *_) = update(), update(file=folder.parent / "fresh.npz")
     assert counts == [20 - len(saved), 0, 0, 0, 0] and 0 < len(saved) < 20
     best = [(path, pytest.approx(score, abs=1e-5)) for path, score in fresh.search("a star", 20)]
     assert index.search("a star", 20) == best
-    assert {path.name for path in (folder / ".jettclip").iterdir()} == {"index.npz", young.name}
+    assert writes.exists()
 
 
 def test_the_command_line_needs_no_torch(folder, exported, update, tmp_path, monkeypatch):
@@ -250,7 +239,6 @@ def test_the_command_line_needs_no_torch(folder, exported, update, tmp_path, mon
             ("photos --model ~/nothing", f"{tmp_path}/nothing is no export folder, run folder or"),
             ("photos --model notes.html", "--name which model notes.html holds"),
             (f"photos --model {exported[1]} --web", "--web needs Gradio: pip install 'jettclip"),
-            (f"photos --model {exported[1]} --top 0", "--top 0: ask for 1 photo or more"),
             ("photos --html locked/x.html", "cannot write .*locked/x.html .*use another --html"),
             ("photos --html photos", "photos .it is a folder.: use another --html"),
             (
@@ -276,11 +264,11 @@ def test_the_command_line_needs_no_torch(folder, exported, update, tmp_path, mon
 
 def test_a_run_folder_is_exported_once(exported, tmp_path, monkeypatch, capsys):
     def export(model, target):  # in a moment; test_export tests the real one
-        weights = (m.state_dict().values() for m in (model, exported[0]))
-        assert all(map(torch.equal, *weights))
+        assert model is exported[0]
         return shutil.copytree(exported[1], target, dirs_exist_ok=True)
 
     monkeypatch.setattr("jettclip.deploy.export.export", export)
+    monkeypatch.setattr("jettclip.models.load_folder", lambda path: exported[0])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     checkpoints.save_folder(exported[0], tmp_path / "run/student")
     for turn in range(3):

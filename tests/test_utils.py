@@ -36,12 +36,6 @@ def test_progress_reports_once_a_minute(monkeypatch):
     assert lines == ["cache: 13 of 16, about 75 s left", "cache: 16 of 16, about 0 s left"]
 
 
-def test_a_terminal_shows_a_bar(monkeypatch, capsys):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    assert list(utils.progress(range(3), 5, "cache", start=2)) == [0, 1, 2]
-    assert "cache: 100%" in capsys.readouterr().err
-
-
 def test_provenance(monkeypatch):
     """Also where there is no git and no /proc."""
     keys = {"commit", "python", "torch", "cpu", "cores", "threads", "gpu", "date"}

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from ..inputs import read_photo
 from ..text import tokenizer
 from .published import SPLITS, encoded, sentence
-from .scenes import ATTRIBUTES
+from .scenes import ATTRIBUTES, choose_details
 
 GRIDS = {  # rows x columns -> names of the cells, in reading order
     (1, 3): ("on the left", "in the middle", "on the right"),
@@ -36,8 +36,6 @@ def collage(photos, captions, seed, index, size):
 
 
 def _plan(captions, seed, index):
-    if len(captions) < 10:  # one more than a picture shows, for another detail
-        raise ValueError(f"collages need 10 photographs or more, not {len(captions)}")
     rng = np.random.default_rng([seed, index])
     grid = list(GRIDS)[rng.integers(len(GRIDS))]
     photos = rng.choice(len(captions), len(GRIDS[grid]), replace=False).tolist()
@@ -101,11 +99,4 @@ def make_details(photos, captions, n, seed, size=96):
             position = 1 + next(i for i, (a, b) in enumerate(pairs) if a != b)
             key = f"collage-details-{seed}-{index}"
             pool.append((plan, changed, long, other_long, "photo", position, key))
-    columns = ["image", "other_image", "long", "other_long", "attribute", "position", "key"]
-    pairs = pd.DataFrame(pool, columns=columns)
-    # Take pairs in turn from the groups of nearly equal position.
-    turn = pairs.groupby(pairs.position // 20).cumcount()
-    pairs = pairs.loc[turn.sort_values(kind="stable").index[:n]].reset_index(drop=True)
-    for column in columns[:2]:
-        pairs[column] = [encoded(_picture(photos, plan, size), "JPEG") for plan in pairs[column]]
-    return pairs
+    return choose_details(pool, n, lambda plan: encoded(_picture(photos, plan, size), "JPEG"))

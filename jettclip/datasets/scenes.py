@@ -198,11 +198,16 @@ def make_details(n, seed, size=64):
         tokens = [re.findall(r"\w+|[^\w\s]", text) for text in captions]  # as CLIP's tokens
         position = 1 + [a != b for a, b in zip(*tokens, strict=True)].index(True)
         pool.append((drawn, changed, *captions, attribute, position, f"scenes-{seed}-{index}"))
+    return choose_details(pool, n, lambda drawn: encoded(draw(drawn, size), "PNG"), lowest=20)
+
+
+def choose_details(pool, n, encode, lowest=0):
+    """n of the pairs in `pool`, in turn from groups of equal attribute and nearly equal position.
+
+    encode: what `pool` has in place of an image -> the image's bytes.
+    """
     columns = ["image", "other_image", "long", "other_long", "attribute", "position", "key"]
     pairs = pd.DataFrame(pool, columns=columns)
-    # Take pairs in turn from the groups of equal attribute and nearly equal position.
-    turn = pairs.groupby(["attribute", pairs.position.clip(20) // 20]).cumcount()
+    turn = pairs.groupby(["attribute", pairs.position.clip(lowest) // 20]).cumcount()
     pairs = pairs.loc[turn.sort_values(kind="stable").index[:n]].reset_index(drop=True)
-    for column in columns[:2]:
-        pairs[column] = [encoded(draw(drawn, size), "PNG") for drawn in pairs[column]]
-    return pairs
+    return pairs.assign(**{name: list(map(encode, pairs[name])) for name in columns[:2]})

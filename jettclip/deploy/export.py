@@ -84,9 +84,6 @@ def quantize(folder, output):
     from onnxruntime.quantization import QuantType, quantize_dynamic  # takes a second
 
     exported = runtime.load(folder)
-    config = exported.config
-    if config["precision"] != "fp32":
-        raise ValueError(f"{folder} is {config['precision']} already: quantize an fp32 export")
     options = {"op_types_to_quantize": ["MatMul"], "weight_type": QuantType.QInt8}
     options["per_channel"] = True
     with new_export(output) as temporary:
@@ -95,7 +92,7 @@ def quantize(folder, output):
         for graph in GRAPHS:
             quantize_dynamic(exported.checked(graph), temporary / graph, **options)
         logging.disable(logging.NOTSET)
-        write_config(temporary, {**config, "precision": "int8"})
+        write_config(temporary, {**exported.config, "precision": "int8"})
     return Path(output)
 
 

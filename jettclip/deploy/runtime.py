@@ -21,15 +21,13 @@ TOKEN_PATTERN += r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 IMAGE_BATCH, TEXT_BATCH = 8, 32  # larger batches take memory and gain nothing
 
 
-def load(folder, backend="onnxruntime", threads=None):
-    """The exported model of `folder`, run by `backend`, one of BACKENDS.
-
-    openvino-bf16 multiplies in bfloat16 if the CPU can. threads: OMP_NUM_THREADS, else all cores.
+def load(folder, backend="onnxruntime"):
+    """The exported model of `folder`, run by `backend`, one of BACKENDS, in OMP_NUM_THREADS threads
+    or on all cores. openvino-bf16 multiplies in bfloat16 if the CPU can.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown: use one of {', '.join(BACKENDS)}")
-    threads = threads or int(os.environ.get("OMP_NUM_THREADS", 0))
-    return ExportedModel(Path(folder), backend, threads)
+    return ExportedModel(Path(folder), backend)
 
 
 def file_hash(path):
@@ -56,10 +54,8 @@ class ExportedModel:
     identity: all that the features of an image depend on.
     """
 
-    def __init__(self, folder, backend, threads=0):
+    def __init__(self, folder, backend):
         self.folder, path = folder, folder / CONFIG
-        if not path.is_file():
-            raise FileNotFoundError(f"{path.absolute()} is missing: name a folder of `export`")
         try:
             self.config = json.loads(path.read_text("utf-8"))
             made_of = [self.config[key] for key in IMAGE_KEYS]
@@ -74,7 +70,7 @@ class ExportedModel:
         self.tokenizer = Tokenizer(bpe, TOKEN_PATTERN, self.context_length)
         self.transform = partial(transform, image_size=self.image_size, **self.config["preprocess"])
         # Opens "image" or "text" when it is first used.
-        self.tower = cache(lambda name: open_graph(self.checked(f"{name}.onnx"), backend, threads))
+        self.tower = cache(lambda name: open_graph(self.checked(f"{name}.onnx"), backend))
 
     def checked(self, name):
         """Path of a file of the folder, which is the one that was exported."""
@@ -87,9 +83,7 @@ class ExportedModel:
         """Pixels (N, 3, S, S) from `transform`, or a list of paths, bytes or PIL images."""
         if not hasattr(images, "shape"):
             images = [self.transform(image) for image in images]
-        images, shape = np.asarray(images, dtype=np.float32), (3, self.image_size, self.image_size)
-        if len(images) and images.shape[1:] != shape:
-            raise ValueError(f"images are {images.shape}: use (N, {', '.join(map(str, shape))})")
+        images = np.asarray(images, dtype=np.float32)
         features = np.empty((len(images), self.config["embed_dim"]), dtype=np.float32)
         for start in range(0, len(images), IMAGE_BATCH):
             rows = slice(start, start + IMAGE_BATCH)
@@ -100,12 +94,10 @@ class ExportedModel:
         """Texts, or 0-padded tokens (N, up to context_length) -> features.
 
         Where padding has no influence, texts of similar length form a batch and are cut to its
-        longest. Raises ValueError for tokens of another shape.
+        longest.
         """
         tokens = texts if hasattr(texts, "shape") else self.tokenizer(texts)
         tokens = np.asarray(tokens, dtype=np.int64)
-        if tokens.ndim != 2 or tokens.shape[1] > self.context_length:
-            raise ValueError(f"tokens are {tokens.shape}: use (N, up to {self.context_length})")
         if not self.config["trims"]:
             tokens = np.pad(tokens, ((0, 0), (0, self.context_length - tokens.shape[1])))
         end = tokens.argmax(axis=1)  # (N, L) -> (N,): the end token has the highest id
@@ -118,8 +110,9 @@ class ExportedModel:
         return features
 
 
-def open_graph(path, backend, threads):
+def open_graph(path, backend):
     """image.onnx or text.onnx -> function from its input to its features, both arrays."""
+    threads = int(os.environ.get("OMP_NUM_THREADS", 0))  # 0: all cores
     if backend == "onnxruntime":
         import onnxruntime
 
