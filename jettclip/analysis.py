@@ -15,13 +15,10 @@ COLOURS = "red blue green yellow black white brown pink purple grey gray"
 NUMBERS = "two three four five six seven eight nine ten"
 PAIRS = ("small large", "big little", "tiny huge", "tall short", "wide narrow")
 # word -> (attribute, the words that may replace it)
+KINDS = [("colour", COLOURS), ("number", NUMBERS), *(("size", pair) for pair in PAIRS)]
 SWAPS = {
-    word: (attribute, [w for w in words.split() if w != word and {w, word} != {"grey", "gray"}])
-    for attribute, words in (
-        ("colour", COLOURS),
-        ("number", NUMBERS),
-        *(("size", p) for p in PAIRS),
-    )
+    word: (kind, [w for w in words.split() if w != word and {w, word} != {"grey", "gray"}])
+    for kind, words in KINDS
     for word in words.split()
 }
 encoder = cache(lambda: tokenizer().encode)  # reads its vocabulary once
