@@ -1,7 +1,5 @@
 """Names become models of the promised sizes, mistakes name the nearest word, folding is exact."""
 
-import io
-
 import numpy as np
 import pytest
 import torch
@@ -9,12 +7,11 @@ import torch.nn.functional as F
 from conftest import MODELS_AND_TOWERS, TINY, largest, randomise, tiny_model
 from PIL import Image
 from test_runtime import photo
-from torchvision.transforms import v2
 
 import jettclip
 from jettclip import checkpoints
 from jettclip.evaluate import embed_images
-from jettclip.models import MODELS, transforms
+from jettclip.models import MODELS, TEXT_TOWERS, transforms
 
 SENTENCES = ["a red ring", "a large blue star on a grey ground, " * 8]
 
@@ -26,19 +23,17 @@ def outputs(model):
         return model(images, jettclip.get_tokenizer("JettCLIP-T")(SENTENCES))[:2]
 
 
-def test_names():
-    assert {"JettCLIP-T", "LongCLIP-T", "LongCLIP", "MobileCLIP2-S4"} <= {*jettclip.list_models()}
-
-
 @pytest.mark.parametrize(
     "name, asked, problem",
     [
-        ("JetCLIP-T", {}, "model 'JetCLIP-T' is unknown: did you mean 'JettCLIP-T'"),
-        ("longclip-T", {}, "did you mean 'LongCLIP-T'"),
+        (
+            "JetCLIP-T",
+            {},
+            "model 'JetCLIP-T' is unknown: did you mean 'JettCLIP-T'.*MobileCLIP2-S4",
+        ),
         ("JettCLIP-T", {"text_tower": "lenght_aware"}, "tower 'lenght_aware' .* 'length_aware'"),
         ("LongCLIP-B", {"text_tower": "stretched"}, "has its published text tower, longclip"),
         ("JettCLIP-T", {"imagesize": 32}, "of JettCLIP-T 'imagesize' .* did you mean 'image_size'"),
-        ("LongCLIP-T", {"textwidth": 64}, "did you mean 'text_width'"),
         ("LongCLIP", {}, "LongCLIP has the sizes of its file"),
     ],
 )
@@ -60,8 +55,6 @@ def test_encoding(name, tower):
     assert torch.allclose(normal_text, F.normalize(text, dim=1))
     assert scale.item() == pytest.approx(1 / 0.07)
     assert model.encode_image(images[:0]).shape == (0, model.config["embed_dim"])
-    with pytest.raises(ValueError, match=r"images of shape \(3, 64, 64\): this model reads \(B, 3"):
-        model.encode_image(images[0])
     assert 5e5 < sum(p.numel() for p in model.visual.parameters()) < 1.5e6
 
 
@@ -78,7 +71,7 @@ def test_sizes():
 def test_run_folder_must_agree_with_what_is_asked(tmp_path):
     saved = tiny_model()
     checkpoints.save_folder(saved, tmp_path)
-    for asked in ({}, TINY, {"text_tower": "length_aware", **TINY}):
+    for asked in ({}, {"text_tower": "length_aware", **TINY}):
         loaded = jettclip.create_model("JettCLIP-T", tmp_path, **asked)
         assert torch.equal(loaded.text.text_projection, saved.text.text_projection)
     for name, asked in (
@@ -90,9 +83,9 @@ def test_run_folder_must_agree_with_what_is_asked(tmp_path):
             jettclip.create_model(name, tmp_path, **asked)
 
 
-@pytest.mark.parametrize("name, tower", MODELS_AND_TOWERS)
-def test_reparameterize(name, tower):
-    model = randomise(jettclip.create_model(name, text_tower=tower))
+@pytest.mark.parametrize("tower", TEXT_TOWERS)
+def test_reparameterize(tower):
+    model = randomise(jettclip.create_model("JettCLIP-T", text_tower=tower))
     before = outputs(model)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     folded = jettclip.reparameterize(model.train())
@@ -107,20 +100,17 @@ def test_reparameterize(name, tower):
         assert torch.equal(features, expected)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P", "1", "CMYK"])
-def test_preprocessing(mode, tmp_path):
+@pytest.mark.parametrize("mode, size", [("RGB", (80, 50)), ("P", (20, 33)), ("CMYK", (40, 40))])
+def test_preprocessing(mode, size, tmp_path):
     _, train, val = jettclip.create_model_and_transforms("JettCLIP-T", **TINY)
-    for size in ((80, 50), (20, 33)):
-        pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-        image = Image.fromarray(pixels).convert(mode)
-        for tensor in (train(image), val(image)):
-            assert tensor.shape == (3, 32, 32) and tensor.dtype == torch.float32
-            assert tensor.min() >= 0 and 0.3 < tensor.max() <= 1
-        image.save(file := io.BytesIO(), "PNG" if mode != "CMYK" else "TIFF")
-        (path := tmp_path / "photo").write_bytes(file.getvalue())
-        tensor = v2.functional.pil_to_tensor(image.convert("RGB"))
-        for source in (image.convert("RGB"), file.getvalue(), path, str(path), tensor):
-            assert torch.equal(val(source), val(image))
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    image, path = Image.fromarray(pixels).convert(mode), tmp_path / "photo.tif"
+    for tensor in (train(image), val(image)):
+        assert tensor.shape == (3, 32, 32) and tensor.dtype == torch.float32
+        assert tensor.min() >= 0 and 0.3 < tensor.max() <= 1
+    image.save(path)
+    for source in (image.convert("RGB"), path.read_bytes(), path, str(path)):
+        assert torch.equal(val(source), val(image))
 
 
 def test_a_turned_photo_is_prepared_alike_by_path_and_by_pillow(tmp_path):
@@ -137,11 +127,9 @@ def test_pixels_are_scaled_and_nothing_else():
     _, _, val = jettclip.create_model_and_transforms("JettCLIP-T", **TINY)
     tensor = val(Image.new("RGB", (50, 80), (255, 0, 51)))
     assert torch.allclose(tensor, torch.tensor([1, 0, 0.2]).view(3, 1, 1).expand(3, 32, 32))
-    square = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
-    assert torch.allclose(val(square), square / 255)
 
 
-@pytest.mark.parametrize("size", [64, 96, 128])
+@pytest.mark.parametrize("size", [64, 96])
 def test_sizes_at_which_a_channels_last_stem_crashed(size):
     """oneDNN's bug would end the process; the gradient must be that of the plain format."""
     gradients = []
