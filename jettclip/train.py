@@ -58,18 +58,12 @@ class Config:
     save_every: int = 50  # a checkpoint is also written every minute
 
     def __post_init__(self):
-        parse_method("+".join(self.method_weights) or "none")
         if unused := sorted({*self.method_weights} - {*parse_method(self.method)}):
             names = ", ".join(unused)
             raise ValueError(f"method_weights names {names}; the method is {self.method!r}")
         if self.pairs not in ("long", "both"):
             raise ValueError(nearest(self.pairs, ("long", "both"), "pairs"))
         self.weights = tuple(self.weights)
-
-    def loss(self):
-        """The arguments of `total_loss`."""
-        names = "method pairs weights components label_smoothing teacher_scale method_weights"
-        return {name: getattr(self, name) for name in names.split()}
 
 
 def learning_rate(step, config):
@@ -213,7 +207,9 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=tqdm.w
     teachers = [cache.manifest["sha256"] for cache in caches]
     inputs = {"data": dataset.fingerprint, "teachers": teachers}
     run = Run(folder, config, model, heads, optimizer, inputs, report)
-    settings = {"heads": heads, "teacher_widths": widths, **config.loss()}
+    names = "method pairs weights components label_smoothing teacher_scale method_weights"
+    settings = {name: getattr(config, name) for name in names.split()}
+    settings |= {"heads": heads, "teacher_widths": widths}
 
     def objective(features, teacher):
         features, scale = [gather(f) for f in features], model.logit_scale.exp()

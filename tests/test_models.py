@@ -9,7 +9,6 @@ from PIL import Image
 from test_runtime import photo
 
 import jettclip
-from jettclip import checkpoints
 from jettclip.evaluate import embed_images
 from jettclip.models import MODELS, TEXT_TOWERS, transforms
 
@@ -59,28 +58,10 @@ def test_encoding(name, tower):
 
 
 def test_sizes():
-    model = tiny_model(context_length=77).eval()
-    tokens = torch.tensor([[49406, 5, 49407]])
-    image, text = model.encode_image(torch.rand(1, 3, 32, 32)), model.encode_text(tokens)
-    assert image.shape == text.shape == (1, 16)
+    model = tiny_model(context_length=77)
     assert model.text.positional_embedding.shape == (77, 16) and model.image_size == 32
     assert MODELS["JettCLIP-T"]["text_cfg"]["context_length"] == 248
     assert jettclip.get_tokenizer("JettCLIP-T", 77)("a ring").shape == (1, 77)
-
-
-def test_run_folder_must_agree_with_what_is_asked(tmp_path):
-    saved = tiny_model()
-    checkpoints.save_folder(saved, tmp_path)
-    for asked in ({}, {"text_tower": "length_aware", **TINY}):
-        loaded = jettclip.create_model("JettCLIP-T", tmp_path, **asked)
-        assert torch.equal(loaded.text.text_projection, saved.text.text_projection)
-    for name, asked in (
-        ("LongCLIP-T", {}),
-        ("JettCLIP-T", {"image_size": 64}),
-        ("JettCLIP-T", {"text_tower": "stretched", **TINY}),
-    ):
-        with pytest.raises(ValueError, match="holds JettCLIP-T with"):
-            jettclip.create_model(name, tmp_path, **asked)
 
 
 @pytest.mark.parametrize("tower", TEXT_TOWERS)

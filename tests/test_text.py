@@ -187,21 +187,6 @@ def test_no_captions_and_one_of_one_token(make):
     assert all(buffer.isfinite().all() for buffer in tower.buffers())
 
 
-def test_length_groups_keep_the_order():
-    tokens, widths = captions(range(100, 3, -1)), []
-    end = tokens.argmax(dim=1)
-
-    class Lengths(text.TextTower):
-        def encode(self, x, end):
-            widths.append(x.shape[1])
-            return torch.stack([end + 1, x[:, 0]], dim=1)
-
-    features = Lengths().encode_batch(tokens, end)
-    assert features[:, 0].tolist() == [*range(100, 3, -1)]
-    assert torch.equal(features[:, 1], tokens[:, 0])
-    assert widths == [35, 67, 99, 100]
-
-
 def test_batch_norm_sees_real_tokens_only():
     torch.manual_seed(0)
     norm, reference = text.TokenBatchNorm(6), torch.nn.BatchNorm1d(6)
