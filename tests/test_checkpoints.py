@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import jettclip
 from jettclip import evaluate, train
-from jettclip.checkpoints import CONFIG, WEIGHTS, file_hash, save_folder
+from jettclip.checkpoints import CONFIG, WEIGHTS, file_hash, longclip_sizes, save_folder
 from jettclip.datasets.scenes import make_pairs
 from jettclip.models import PLAIN, TEXT_TOWERS, load_folder, model_config, transforms
 from jettclip.text import stretch_positions
@@ -110,17 +110,11 @@ def test_mobileclip_agrees_with_apples_code(size, tolerance, tmp_path, no_random
     assert all(torch.equal(weight, expected) for weight, expected in same)
 
 
-@torch.inference_mode()
-def test_longclip_agrees_with_the_published_code(tmp_path, no_random_weights):
-    golden = np.load(GOLDEN / "longclip_B_seed0.npz")
-    torch.save(state_dict("longclip_B"), tmp_path / "longclip-B.pt")
-    model = jettclip.create_model("LongCLIP", tmp_path / "longclip-B.pt")
-    assert model.config == model_config("LongCLIP-B")  # the sizes were read from the file
-    images = drawn("image", 2, 3, 224, 224)
-    assert error(model.encode_image(images), golden["image_features"]) < 1e-5
-    for caption in ("long", "short"):
-        features = model.encode_text(longclip_tokens(caption, 2))
-        assert error(features, golden[f"{caption}_features"]) < 1e-5
+def test_sizes_of_longclip_are_read_from_its_file():
+    """Of a small one, test_losses.test_longclip compares the features with the published code's."""
+    shapes = json.loads((GOLDEN / "longclip_B.keys.json").read_text())
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    assert longclip_sizes(state).items() <= model_config("LongCLIP-B").items()
 
 
 def test_an_openai_archive_is_read_when_it_is_named_as_such(tiny_open_clip, tmp_path):
