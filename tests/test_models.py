@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MODELS_AND_TOWERS, TINY, largest, randomise, tiny_model
+from conftest import TINY, largest, randomise, tiny_model
 from PIL import Image
 from test_runtime import photo
 
 import jettclip
 from jettclip.evaluate import embed_images
-from jettclip.models import MODELS, TEXT_TOWERS, transforms
+from jettclip.models import TEXT_TOWERS, transforms
 
 SENTENCES = ["a red ring", "a large blue star on a grey ground, " * 8]
 
@@ -25,11 +25,7 @@ def outputs(model):
 @pytest.mark.parametrize(
     "name, asked, problem",
     [
-        (
-            "JetCLIP-T",
-            {},
-            "model 'JetCLIP-T' is unknown: did you mean 'JettCLIP-T'.*MobileCLIP2-S4",
-        ),
+        ("JetCLIP-T", {}, "model 'JetCLIP-T' is unknown: did you mean 'JettCLIP-T'"),
         ("JettCLIP-T", {"text_tower": "lenght_aware"}, "tower 'lenght_aware' .* 'length_aware'"),
         ("LongCLIP-B", {"text_tower": "stretched"}, "has its published text tower, longclip"),
         ("JettCLIP-T", {"imagesize": 32}, "of JettCLIP-T 'imagesize' .* did you mean 'image_size'"),
@@ -41,9 +37,9 @@ def test_mistakes_are_named(name, asked, problem):
         jettclip.create_model(name, **asked)
 
 
-@pytest.mark.parametrize("name, tower", MODELS_AND_TOWERS)
-def test_encoding(name, tower):
-    model = jettclip.create_model(name, text_tower=tower).eval()
+@pytest.mark.parametrize("name", ["JettCLIP-T", "LongCLIP-T"])
+def test_encoding(name):
+    model = jettclip.create_model(name).eval()
     images, tokens = torch.rand(2, 3, 64, 64), jettclip.get_tokenizer(name)(SENTENCES)
     with torch.inference_mode():
         image, text = model.encode_image(images), model.encode_text(tokens)
@@ -54,14 +50,8 @@ def test_encoding(name, tower):
     assert torch.allclose(normal_text, F.normalize(text, dim=1))
     assert scale.item() == pytest.approx(1 / 0.07)
     assert model.encode_image(images[:0]).shape == (0, model.config["embed_dim"])
+    assert jettclip.get_tokenizer(name, 77)("a ring").shape == (1, 77)
     assert 5e5 < sum(p.numel() for p in model.visual.parameters()) < 1.5e6
-
-
-def test_sizes():
-    model = tiny_model(context_length=77)
-    assert model.text.positional_embedding.shape == (77, 16) and model.image_size == 32
-    assert MODELS["JettCLIP-T"]["text_cfg"]["context_length"] == 248
-    assert jettclip.get_tokenizer("JettCLIP-T", 77)("a ring").shape == (1, 77)
 
 
 @pytest.mark.parametrize("tower", TEXT_TOWERS)
