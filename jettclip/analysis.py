@@ -15,13 +15,10 @@ COLOURS = "red blue green yellow black white brown pink purple grey gray"
 NUMBERS = "two three four five six seven eight nine ten"
 PAIRS = ("small large", "big little", "tiny huge", "tall short", "wide narrow")
 # word -> (attribute, the words that may replace it)
+KINDS = [("colour", COLOURS), ("number", NUMBERS), *(("size", pair) for pair in PAIRS)]
 SWAPS = {
-    word: (attribute, [w for w in words.split() if w != word and {w, word} != {"grey", "gray"}])
-    for attribute, words in (
-        ("colour", COLOURS),
-        ("number", NUMBERS),
-        *(("size", p) for p in PAIRS),
-    )
+    word: (kind, [w for w in words.split() if w != word and {w, word} != {"grey", "gray"}])
+    for kind, words in KINDS
     for word in words.split()
 }
 encoder = cache(lambda: tokenizer().encode)  # reads its vocabulary once
@@ -99,7 +96,7 @@ def neighbour_overlap(x, y, k=10, chunk=4096):
     x and y are normalised features of the same rows. Unrelated ones share k / (N - 1).
     """
     if not 0 < k < len(x):
-        raise ValueError(f"{len(x)} rows have {max(0, len(x) - 1)} neighbours each: k is {k}")
+        raise ValueError(f"{len(x)} rows have {len(x) - 1} neighbours each: k is {k}")
     shares = []
     for rows in torch.arange(len(x)).split(chunk):
         nearest = []
@@ -123,9 +120,7 @@ def efficiency(history, base, queries, metric="long_t2i_r1", k=1):
     ranking has it with a probability of 0.05 or more.
     """
     history = history.reset_index(drop=True)
-    if not (of_base := history[history.model == base][metric]).size:
-        raise ValueError(f"{base!r} has no evaluations; {', '.join(history.model.unique())} have")
-    target = of_base.iloc[-1]
+    target = history[history.model == base][metric].iloc[-1]
     chance = scipy.stats.binom.sf(round(target * queries) - 1, queries, min(1, k / queries))
     before = history.groupby("model")[["step", "seconds"]].shift(fill_value=0)
     history = history.join(before.add_suffix("_before"))

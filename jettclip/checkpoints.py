@@ -31,12 +31,10 @@ tags: [clip, long-clip, mobileclip]
 
 # {model.name}, text tower `{config[text_tower]}`
 
-Finds images by descriptions of up to {model.context_length} tokens; images of {model.image_size}
-pixels, features of {config[embed_dim]} numbers. Trained by JettCLIP.
+Finds images by descriptions of up to {model.context_length} tokens. Trained by JettCLIP.
 
     model, _, preprocess = jettclip.create_model_and_transforms("{model.name}", "FOLDER")
     tokenizer = jettclip.get_tokenizer("{model.name}", {model.context_length})
-    model = jettclip.reparameterize(model)  # the same outputs, faster
 
 If the text tower is `longclip`, or the model a -B, open_clip opens it too, after `import
 jettclip.models`: `open_clip.create_model_and_transforms("local-dir:FOLDER")`.
@@ -71,8 +69,7 @@ def local(path):
 
 def is_run_folder(path):
     """Whether `path` is a folder of ours. A folder without both files is a FileNotFoundError."""
-    is_folder = isinstance(path, (str, Path)) and local(path).is_dir()
-    return is_folder and "jettclip" in folder_config(path)
+    return local(path).is_dir() and "jettclip" in folder_config(path)
 
 
 def folder_config(folder):
@@ -82,10 +79,7 @@ def folder_config(folder):
     if missing:
         names = " and no ".join(missing)
         raise FileNotFoundError(f"{folder} has no {names}: it is no (finished) model folder")
-    try:
-        return dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder / CONFIG} is damaged: {error}") from None
+    return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
 
 
 def file_hash(folder):
@@ -99,9 +93,7 @@ def file_hash(folder):
 def read_state(source):
     """The tensors {key: tensor} of a checkpoint, and {"name", "config"} of its model, where it is
     a model folder or a last.ckpt of ours (else None). `source`: `pretrained` of `create_model`."""
-    if isinstance(source, dict):
-        if source.keys() != {"image", "text"}:
-            raise ValueError(f"pretrained has keys {[*source]}: a pair of files has image and text")
+    if isinstance(source, dict):  # of towers
         return {tower: read_state(file)[0] for tower, file in source.items()}, None
     is_openai = str(source).startswith("openai:")
     path, ours = local(str(source).removeprefix("openai:")), None
@@ -117,31 +109,29 @@ def read_state(source):
         ours = {"name": settings.get("model"), "config": settings.get("model_config")}
     for key in ("state_dict", "model"):
         state = state.get(key, state) if isinstance(state, dict) else state
-    tensors = state.items() if isinstance(state, dict) else []
-    if not tensors or not all(isinstance(k, str) and torch.is_tensor(x) for k, x in tensors):
+    if not isinstance(state, dict) or not any(map(torch.is_tensor, state.values())):
         raise ValueError(f"{path} holds no state dict: a mapping of names to tensors is needed")
     # DistributedDataParallel and torch.compile put a word before the names of what they wrap
-    return {re.sub(r"(?<![^.])(module|_orig_mod)\.", "", key): x for key, x in tensors}, ours
+    return {re.sub(r"(?<![^.])(module|_orig_mod)\.", "", key): state[key] for key in state}, ours
 
 
 def read_tensors(path, is_openai=False):
+    """What a checkpoint file holds. Whatever a decoder raises gets the file's name."""
     try:
         if is_openai:
             return load_openai_model(str(path), precision="fp32", device="cpu").state_dict()
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file may raise any
+    except Exception as error:
         with open(path, "rb") as file:
             start = file.read(32)
         if "TorchScript" in str(error):
             problem = f"a TorchScript archive: if it is OpenAI's, write pretrained='openai:{path}'"
         elif isinstance(error, pickle.UnpicklingError) and start[:1] in (b"P", b"\x80"):
-            problem = "refused, as it holds more than tensors, and nothing of it was run: "
-            problem += "ask its author for a state dict or safetensors"
+            problem = "refused, as it holds more than tensors: ask its author for a state dict"
         else:
-            reason = repr(error)[:100]
-            problem = f"no whole checkpoint (it begins {start!r}; {reason}): fetch it again"
+            problem = f"no whole checkpoint (it begins {start!r}; {error!r:.100}): fetch it again"
     raise ValueError(f"{path} is {problem}")
 
 
@@ -219,32 +209,18 @@ def finish_hybrid(state):
 def fill(model, state, source, stretch="longclip"):
     """Load a checkpoint's `state` into `model`; positions are stretched to the model's context.
     A key that is missing, left over, of another shape or not finite: a ValueError names it."""
-    tower = f"{model.name} (text tower {model.config['text_tower']})"
-    try:
-        state, wanted = to_our_keys(state, model), model.state_dict()
-    except KeyError as error:
-        raise ValueError(f"{source} does not fit {tower}: it lacks {error}") from None
+    state, wanted = to_our_keys(state, model), model.state_dict()
     table = state.get("text.positional_embedding")
     if table is not None and len(table) < model.context_length:
         table = stretch_positions(table.float(), model.context_length, mode=stretch)
         state["text.positional_embedding"] = table
-    misfit = [k for k in wanted.keys() & state.keys() if state[k].shape != wanted[k].shape]
-    shapes = [f"{k} {tuple(state[k].shape)}, here {tuple(wanted[k].shape)}" for k in misfit]
-    missing, extra = wanted.keys() - state.keys(), state.keys() - wanted.keys()
-    problems = {"it lacks": missing, "it has, left over,": extra, "of another shape is": shapes}
-    floating = [key for key in wanted.keys() & state.keys() if wanted[key].is_floating_point()]
-    problems["not of finite numbers is"] = [k for k in floating if not is_finite(state[k])]
-    if any(problems.values()):
-        lists = [f"{what} {first_five(keys)}" for what, keys in problems.items() if keys]
+    problems, both = {}, wanted.keys() & state.keys()
+    problems["it lacks"] = wanted.keys() - state.keys()
+    problems["it has, left over,"] = state.keys() - wanted.keys()
+    problems["of another shape is"] = [k for k in both if state[k].shape != wanted[k].shape]
+    problems["not of finite numbers is"] = [k for k in both if not state[k].isfinite().all()]
+    lists = [f"{x} {', '.join(sorted(k)[:5])} ({len(k)} in all)" for x, k in problems.items() if k]
+    if lists:
+        tower = f"{model.name} (text tower {model.config['text_tower']})"
         raise ValueError(f"{source} does not fit {tower}: {'; '.join(lists)}")
     model.load_state_dict(state)
-
-
-def is_finite(tensor):
-    """Whether a tensor holds finite floating-point numbers, all of them written out."""
-    dense = tensor.layout is torch.strided and not tensor.is_meta
-    return dense and tensor.is_floating_point() and bool(tensor.float().isfinite().all())
-
-
-def first_five(keys):
-    return ", ".join(sorted(keys)[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")

@@ -26,6 +26,11 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def device():
+    """The GPU of this process, if there are any."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
 def is_first():
     """Whether this process writes files and reports."""
     return rank() == 0
@@ -69,6 +74,13 @@ def end_with_parent():
     """On Linux, end this process when its parent is killed: no worker trains on unnoticed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+
+def start(module, run, job, processes=1):
+    """Do the job file `job` here by `run`, or by `module` in `processes` processes of torchrun."""
+    if processes > 1:
+        return torchrun(module, job, processes)
+    return run(json.loads(Path(job).read_text(encoding="utf-8")))
 
 
 def in_processes(run, job):

@@ -10,6 +10,7 @@ A cache folder holds `image.npy` (N, K, d), `long.npy`, `short.npy` (N, d), norm
 import hashlib
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +18,16 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from . import distributed
 from .checkpoints import file_hash
 from .data import dataset_for, draw_crops, fingerprint, in_order, loader
-from .distributed import command_line, is_first, rank, torchrun, wait_for_all, world_size
+from .distributed import is_first, rank, wait_for_all, world_size
 from .models import load_folder
 from .runs import code_hash
 from .utils import progress, write_json, write_then_rename
 
 FILES = ("image", "long", "short", "crops")
 CODE = ("inputs", "data", "text", "models", "features")  # modules that decide the features
-REBUILD = "notebook 01 builds it again"
 
 
 class Stale(ValueError):
@@ -57,9 +58,8 @@ class FeatureCache:
         cache that is damaged or of other inputs is replaced.
         """
         folder, (n, k, _), width = Path(folder), dataset.crops.shape, teacher.config["embed_dim"]
-        if not (0 < n == len(table) and k > 0 and batch_size > 0):
-            asked = f"{len(table)} pairs, {k} crops of {n} rows, batches of {batch_size}"
-            raise ValueError(f"no features to store: {asked}; each must be at least 1")
+        if not n:
+            raise ValueError("there are no pairs, and no features to store")
         source = {"teacher": teacher_hash, "data": fingerprint(table), "code": code_hash(*CODE)}
         source["crops"] = hashlib.sha256(dataset.crops.tobytes()).hexdigest()
         source |= {"rows": n, "augmentations": k, "width": width, "dtype": "float16"}
@@ -103,10 +103,7 @@ class FeatureCache:
         path = Path(folder) / "manifest.json"
         if not path.exists():
             raise FileNotFoundError(f"{folder} holds no finished feature cache: run notebook 01")
-        try:
-            manifest = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
-            raise Stale(f"{path} is damaged: {REBUILD}") from None
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         cached = {key: manifest.get(key) for key in source}
         if differs := [key for key in source if cached[key] != source[key]]:
             values = [f"{key} (cached {cached[key]!r}, asked {source[key]!r})" for key in differs]
@@ -117,12 +114,9 @@ class FeatureCache:
     def rows(self, index, k):
         """Normalised image, long, short features (B, d) of rows `index` (B,) in crops `k` (B,)."""
         index, k = (torch.as_tensor(x, dtype=torch.long) for x in (index, k))
-        n, crops, _ = self.image.shape
-        if index.shape != k.shape:
-            raise ValueError(f"{index.numel()} rows and {k.numel()} crops: give one crop a row")
-        for what, x, size in (("row", index, n), ("crop", k, crops)):
-            if outside := x[(x < 0) | (x >= size)].tolist():
-                raise IndexError(f"{self.folder} has {what}s 0 to {size - 1}, not {outside[:5]}")
+        crops = self.image.shape[1]
+        if outside := k[(k < 0) | (k >= crops)].tolist():  # another row's; PyTorch checks the index
+            raise IndexError(f"{self.folder} has crops 0 to {crops - 1}, not {outside[:5]}")
         places = index * crops + k, index, index
         return tuple(x.index_select(0, i).float() for x, i in zip(self.flat, places, strict=True))
 
@@ -144,7 +138,8 @@ def _compare(folder, manifest, key):
     paths, sums = {name: folder / f"{name}.npy" for name in FILES}, manifest.get(key, {})
     same = {x: path.exists() and _digest(path, key) == sums.get(x) for x, path in paths.items()}
     if differs := ", ".join(name for name in FILES if not same[name]):
-        raise Stale(f"the files {differs} of {folder} are not what was written: {REBUILD}")
+        problem = f"the files {differs} of {folder} are not what was written"
+        raise Stale(f"{problem}: notebook 01 builds it again")
 
 
 def _prepare(folder, manifest, shapes):
@@ -168,7 +163,7 @@ def _prepare(folder, manifest, shapes):
             path.unlink(missing_ok=True)
         size = sum(2 * np.prod(shape) for shape in shapes.values()) / 1e9
         problem = f"no room for {size:.3f} GB of teacher features in {folder}: {error.strerror}"
-        raise OSError(error.errno, f"{problem}; free some, or store fewer augmentations") from None
+        raise OSError(f"{problem}; free some, or store fewer augmentations") from None
     write_json(started, manifest)
 
 
@@ -208,20 +203,16 @@ def _store(files, place, keys, **features):
 
 def run(job, report=tqdm.write):
     """Build the cache of `job`: folder, data (Parquet), teacher (run folder), crops, batch_size."""
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    teacher, table = load_folder(job["teacher"]).to(device), pd.read_parquet(job["data"])
+    teacher = load_folder(job["teacher"]).to(distributed.device())
+    table = pd.read_parquet(job["data"])
     options = (job[key] for key in ("augmentations", "seed", "smallest_crop", "flip"))
     dataset = dataset_for(teacher, table, draw_crops(len(table), *options))
     source = teacher, file_hash(job["teacher"]), table, dataset
     return FeatureCache.build(job["folder"], *source, job["batch_size"], report)
 
 
-def start(job, processes=1):
-    """Build the cache of file `job` here, or in `processes` processes of torchrun."""
-    if processes > 1:
-        return torchrun("jettclip.features", job, processes)
-    return run(json.loads(Path(job).read_text(encoding="utf-8")))
+start = partial(distributed.start, "jettclip.features", run)  # (job file, processes=1)
 
 
 if __name__ == "__main__":
-    command_line(__doc__, run)
+    distributed.command_line(__doc__, run)

@@ -42,7 +42,7 @@ class Features(NamedTuple):
 
 def single(x):
     """x in float32 at least: bfloat16 would round logits by up to a quarter."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.float() if x.itemsize < 4 else x
 
 
 def normalised(image, text, scale):
@@ -230,9 +230,6 @@ def distill_loss(
     teacher = normalised(*joined, teacher_scale)._replace(teachers=teachers)
     if heads is not None:  # in the teacher's width
         aligned = normalised(heads.image(student_image), heads.text(student_text), student_scale)
-    elif "afd" in names or {*names} - {"crd"} and student.image.shape != teacher.image.shape:
-        sizes = student.image.shape[1], teacher.image.shape[1]
-        raise ValueError(f"{method} of widths {sizes} needs heads=Heads({method!r}, *{sizes})")
     arguments = {"crd": (student, teacher), "afd": (student, teacher, heads)}
     losses = {name: METHODS[name](*arguments.get(name, (aligned, teacher))) for name in names}
     return sum((method_weights or {}).get(name, 1.0) * loss for name, loss in losses.items())

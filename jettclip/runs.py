@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import itertools
 import os
 import pickle
 import shutil
@@ -73,11 +74,10 @@ def weights_hash(model):
 def code_hash(*modules):
     """SHA-256 of `modules`, or of all that training imports, as Python reads them: comments do not
     count."""
-    folder, unused = Path(__file__).parent, ("deploy", "search.py", "analysis.py")
-    paths = [
-        p for p in sorted(folder.rglob("*.py")) if p.relative_to(folder).parts[0] not in unused
-    ]
-    paths = [path for path in paths if not modules or path.stem in modules]
+    folder, unused = Path(__file__).parent, ("search", "analysis")
+    paths = [*sorted(folder.glob("*.py")), *sorted(folder.glob("datasets/*.py"))]
+    used = [path.stem in modules if modules else path.stem not in unused for path in paths]
+    paths = itertools.compress(paths, used)
     code = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in paths]
     return hashlib.sha256("".join(code).encode()).hexdigest()
 
@@ -142,26 +142,18 @@ class Run:
         times = f"{seconds:.0f} s, about {seconds / step * (steps - step):.0f} s left"
         self.report(f"{self.folder.name} step {step}/{steps} {numbers} | {times}")
 
-    def not_finite(self, terms, features, gradients, keys):
+    def not_finite(self, terms, sides, keys):
         """Save what is needed to look into a loss or gradient that is no number -> the error.
 
         It names rows of features, or if all are finite those of their gradients, (B, d) each.
         """
-        sides = (torch.cat(side, dim=1).isfinite().all(dim=1) for side in (features, gradients))
-        finite = next((side for side in sides if not side.all()), None)  # (B,)
-        bad = [] if finite is None else [str(keys[i]) for i in (~finite).nonzero()]
-        file, state = (
-            self.folder / "not-finite.ckpt",
-            {**self.state(), "keys": bad or [*map(str, keys)]},
-        )
+        broken = (~torch.cat(side, dim=1).isfinite().all(dim=1) for side in sides)  # (B,) each
+        bad = next(([str(keys[i]) for i in rows.nonzero()] for rows in broken if rows.any()), [])
+        file, state = self.folder / "not-finite.ckpt", {**self.state(), "keys": bad}
         if is_first():
             write_then_rename(file, lambda path: torch.save(state, path))
         wait_for_all()  # the first error ends all processes
-        losses, rows = {k: t.item() for k, t in terms.items()}, ", ".join(bad[:5]) or "none"
-        gradients = ((name, p.grad) for name, p in self.model.named_parameters())
-        broken = [name for name, g in gradients if g is not None and not g.isfinite().all()]
-        return FloatingPointError(
-            f"loss is {sum(losses.values())} at step {self.step} of {self.folder}: {losses}; rows "
-            f"of features or their gradients that are not finite: {rows}; {len(broken)} parameters "
-            f"have such a gradient: {', '.join(broken[:3])}; weights are in {file}; try a lower lr"
-        )
+        problem = f"no finite loss or gradient at step {self.step} of {self.folder}"
+        losses = {name: term.item() for name, term in terms.items()}
+        rows = f"rows of features or their gradients that are not finite: {', '.join(bad[:5])}"
+        return FloatingPointError(f"{problem}: {losses}; {rows}; weights are in {file}")

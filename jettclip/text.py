@@ -70,7 +70,7 @@ class TextTower(nn.Module):
     def forward(self, tokens):
         """Tokens (B, up to context_length), 0-padded -> features (B, output_dim)."""
         shape, longest = tuple(tokens.shape), self.context_length
-        if len(shape) != 2 or not 1 <= shape[1] <= longest:
+        if shape[1] > longest:
             raise ValueError(f"tokens of shape {shape}: this model reads (B, up to {longest})")
         if not len(tokens):
             return self.text_projection.new_empty(0, self.text_projection.shape[1])

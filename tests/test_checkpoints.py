@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
-from conftest import MODELS_AND_TOWERS, TINY, largest, randomise, tiny_model
+from conftest import TINY, largest, randomise, tiny_model
 from golden_values import GOLDEN, drawn, longclip_tokens, state_dict
 from PIL import Image
 from safetensors.torch import save_file
@@ -18,28 +18,33 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import jettclip
 from jettclip import evaluate, train
-from jettclip.checkpoints import CONFIG, WEIGHTS, file_hash, save_folder
+from jettclip.checkpoints import CONFIG, WEIGHTS, file_hash, longclip_sizes, save_folder
 from jettclip.datasets.scenes import make_pairs
-from jettclip.models import load_folder, model_config, transforms
+from jettclip.models import PLAIN, TEXT_TOWERS, load_folder, model_config, transforms
 from jettclip.text import stretch_positions
 
 
-@pytest.mark.parametrize("name, tower", MODELS_AND_TOWERS)
-def test_round_trip(name, tower, tmp_path):
-    model = tiny_model(text_tower=tower) if name == "JettCLIP-T" else jettclip.create_model(name)
-    model, folder = randomise(model).to(memory_format=torch.channels_last), tmp_path / "new/student"
-    save_folder(model, folder)
-    loaded, before = load_folder(folder), file_hash(folder)
-    assert (loaded.name, loaded.config, loaded.training) == (name, model.config, False)
-    state = model.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+def equal(model, other):
+    state = other.state_dict()
+    return all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("tower", TEXT_TOWERS)
+def test_round_trip(tower, tmp_path):
+    model, folder = randomise(tiny_model(text_tower=tower)), tmp_path / "new/student"
+    save_folder(model.to(memory_format=torch.channels_last), folder)
+    loaded, hashes = load_folder(folder), {file_hash(folder)}
+    assert equal(loaded, model)
+    assert (loaded.name, loaded.config, loaded.training) == (model.name, model.config, False)
     assert {path.name for path in folder.iterdir()} == {"README.md", CONFIG, WEIGHTS}
     saved = json.loads((folder / CONFIG).read_text())
     assert saved["model_cfg"]["custom_text"] and saved["preprocess_cfg"]["mean"] == [0, 0, 0]
-    for step in (0, 1):
-        model.logit_scale.data += step
+    model.logit_scale.data += 1
+    for mean in (0, 0.5):  # with it, the same weights read other pixels
+        model.config = {**model.config, "preprocess": {**PLAIN, "mean": [mean] * 3}}
         save_folder(model, folder)
-        assert (file_hash(folder) == before) == (step == 0)
+        hashes.add(file_hash(folder))
+    assert len(hashes) == 3
     with pytest.raises(ValueError, match="is reparameterised: save the model before folding"):
         save_folder(jettclip.reparameterize(model), tmp_path)
 
@@ -48,8 +53,6 @@ def test_round_trip(name, tower, tmp_path):
 def test_incomplete_folder(missing, tmp_path):
     save_folder(tiny_model(), tmp_path)
     (tmp_path / missing).unlink()
-    with pytest.raises(FileNotFoundError, match=f"has no {missing}: it is no"):
-        load_folder(tmp_path)
     with pytest.raises(FileNotFoundError, match=f"has no {missing}: it is no"):
         jettclip.create_model("JettCLIP-T", tmp_path)
 
@@ -107,17 +110,11 @@ def test_mobileclip_agrees_with_apples_code(size, tolerance, tmp_path, no_random
     assert all(torch.equal(weight, expected) for weight, expected in same)
 
 
-@torch.inference_mode()
-def test_longclip_agrees_with_the_published_code(tmp_path, no_random_weights):
-    golden = np.load(GOLDEN / "longclip_B_seed0.npz")
-    torch.save(state_dict("longclip_B"), tmp_path / "longclip-B.pt")
-    model = jettclip.create_model("LongCLIP", tmp_path / "longclip-B.pt")
-    assert model.config == model_config("LongCLIP-B")  # the sizes were read from the file
-    images = drawn("image", 2, 3, 224, 224)
-    assert error(model.encode_image(images), golden["image_features"]) < 1e-5
-    for caption in ("long", "short"):
-        features = model.encode_text(longclip_tokens(caption, 2))
-        assert error(features, golden[f"{caption}_features"]) < 1e-5
+def test_sizes_of_longclip_are_read_from_its_file():
+    """Of a small one, test_losses.test_longclip compares the features with the published code's."""
+    shapes = json.loads((GOLDEN / "longclip_B.keys.json").read_text())
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    assert longclip_sizes(state).items() <= model_config("LongCLIP-B").items()
 
 
 def test_an_openai_archive_is_read_when_it_is_named_as_such(tiny_open_clip, tmp_path):
@@ -140,6 +137,10 @@ def test_a_folder_of_open_clip_only(tiny_open_clip, tmp_path):
     model, tokens = jettclip.create_model("LongCLIP", tmp_path), longclip_tokens("short", 3)[:, :77]
     with torch.inference_mode():
         assert largest(model.encode_text(tokens), tiny_open_clip.encode_text(tokens)) < 1e-5
+    with pytest.raises(
+        ValueError, match="is no model folder of JettCLIP: create_model.NAME, FOLDE"
+    ):
+        load_folder(tmp_path)
 
 
 @pytest.mark.parametrize("mode", ["longclip", "exact"])
@@ -162,8 +163,6 @@ def test_a_file_for_each_tower(tmp_path, tiny_file):
     assert torch.equal(student.visual.trunk.head.fc.weight, original.visual.trunk.head.fc.weight)
     with pytest.raises(ValueError, match="of another shape is text.text_projection"):
         jettclip.create_model("JettCLIP-T", {**files, "text": tiny_file}, **sizes)
-    with pytest.raises(ValueError, match="keys .*'txt'.*: a pair of files has image and text"):
-        jettclip.create_model("JettCLIP-T", {**files, "txt": tiny_file}, **sizes)
 
 
 class Malicious:
@@ -177,33 +176,19 @@ def test_a_pickle_is_never_executed(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is refused, as it holds more than tensors"):
         jettclip.create_model("LongCLIP", "bad.pt")
     assert not os.path.exists("was-here")
-    torch.load("bad.pt", weights_only=False)
-    assert os.path.exists("was-here")  # it would have been
 
 
 @pytest.mark.parametrize(
     "name, content, problem",
     [
         ("a.pt", None, "a.pt' is neither a file nor a folder here"),
-        ("a.pt", b"", "no whole checkpoint"),
         ("a.safetensors", b"\x00" * 20, "no whole checkpoint"),
         ("a.pt", "half", "no whole checkpoint"),
         ("a.pt", [1, 2], "holds no state dict"),
-        ("a.pt", {}, "holds no state dict"),
         ("a.pt", {"step": 3}, "holds no state dict"),
         ("a.pt", {"x": torch.ones(1)}, "no Long-CLIP checkpoint: KeyError.'visual.conv1.weight'"),
-        ("a.pt", {"visual.conv1.weight": torch.ones(2, 3)}, "no Long-CLIP checkpoint: ValueError"),
-        ("a.pt", {1: torch.ones(1)}, "holds no state dict"),
-        (
-            "a.pt",
-            b"<html>404</html>",
-            "no whole checkpoint .it begins b'<html>404</html>'; .*again",
-        ),
-        ("a.pt", b"version https://git-lfs", "it begins b'version https://git-lfs'; "),
-        ("a.pt", b"\x00" * 1000, "no whole checkpoint"),
-        ("a.pt", io.BytesIO(), "refused, as it holds more than tensors"),  # of a known class
+        ("a.pt", b"<html>404", "no whole checkpoint .it begins b'<html>404'; .*again"),
         ("openai:a.pt", b"garbage", "a.pt is no whole checkpoint"),
-        ("openai:a.pt", None, "a.pt' is neither a file nor a folder here"),
     ],
 )
 def test_files_that_are_no_checkpoint(name, content, problem, tmp_path, tiny_file):
@@ -217,43 +202,20 @@ def test_files_that_are_no_checkpoint(name, content, problem, tmp_path, tiny_fil
         jettclip.create_model("LongCLIP", "".join(kind) + str(tmp_path / file))
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        float("nan"),
-        float("-inf"),
-        1,
-        1j,
-        torch.empty(16, device="meta"),
-        torch.ones(16).to_sparse(),
-    ],
-)
-def test_weights_that_are_no_finite_numbers_are_named(value, tmp_path):
-    state, key = tiny_model().state_dict(), "text.ln_final.bias"
-    state[key] = value if torch.is_tensor(value) else torch.full((16,), value)
-    torch.save(state, tmp_path / "odd.pt")
-    with pytest.raises(ValueError, match=f"odd.pt does not fit .* not of finite numbers is {key}$"):
-        jettclip.create_model("JettCLIP-T", tmp_path / "odd.pt", **TINY)
-
-
-@pytest.mark.parametrize("file", ["a.pt", "wrapped.pt", "a.safetensors", WEIGHTS])
+@pytest.mark.parametrize("file", ["wrapped.pt", "a.safetensors"])
 def test_words_before_the_names_are_left_out(file, tmp_path):
     """DistributedDataParallel and torch.compile put them there, also before those of a tower."""
     model = tiny_model()
-    save_folder(model, tmp_path)  # WEIGHTS is of it
     for change in (
-        lambda key: f"module.{key}",
-        lambda key: f"_orig_mod.{key}",
         lambda key: f"module._orig_mod.{key}",
         lambda key: key.replace("visual.", "visual._orig_mod.").replace("text.", "text.module."),
     ):
         state = {change(key): value.clone() for key, value in model.state_dict().items()}
-        if file.endswith(".pt"):
-            torch.save({"state_dict": state} if "wrapped" in file else state, tmp_path / file)
+        if file == "wrapped.pt":
+            torch.save({"state_dict": state}, tmp_path / file)
         else:
             save_file(state, tmp_path / file)
-        loaded = jettclip.create_model("JettCLIP-T", tmp_path / file, **TINY).state_dict()
-        assert all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
+        assert equal(jettclip.create_model("JettCLIP-T", tmp_path / file, **TINY), model)
 
 
 def test_a_checkpoint_of_ours_is_what_it_says(dataset, tmp_path, monkeypatch):
@@ -262,57 +224,30 @@ def test_a_checkpoint_of_ours_is_what_it_says(dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     for source in ("student", f"student/{WEIGHTS}", "last.ckpt", "~/last.ckpt"):
-        model = jettclip.create_model("JettCLIP-T", source)
-        assert model.config == trained.config and not model.training
-        state = model.state_dict()
-        assert all(torch.equal(value, state[key]) for key, value in trained.state_dict().items())
-        for asked in ({"text_tower": "stretched", **TINY}, {"image_size": 64}):  # the same keys
+        sizes = {} if source == "student" else {"text_tower": "length_aware", **TINY}
+        model = jettclip.create_model("JettCLIP-T", source, **sizes)
+        assert model.config == trained.config and not model.training and equal(model, trained)
+        for name, asked in (
+            ("LongCLIP-T", {}),
+            ("JettCLIP-T", {"text_tower": "stretched", **TINY}),  # the same keys
+            ("JettCLIP-T", {"image_size": 64}),
+        ):
             with pytest.raises(ValueError, match=f"{source} holds JettCLIP-T with"):
-                jettclip.create_model("JettCLIP-T", source, **asked)
+                jettclip.create_model(name, source, **asked)
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}/none.pt' is neither"):
         jettclip.create_model("JettCLIP-T", "none.pt")
-
-
-@pytest.mark.parametrize(
-    "config, problem",
-    [
-        ("{", f"{CONFIG} is damaged"),
-        ("[1]", f"{CONFIG} is damaged"),
-        ("{}", "is no model folder of JettCLIP: create_model.NAME, FOLDER"),
-        ('{"jettclip": {"name": "x"}}', "describes no model: TypeError"),
-        ('{"jettclip": {"name": "x", "config": {"vision_cfg": {}}}}', "no model: KeyError"),
-    ],
-)
-def test_a_damaged_configuration(config, problem, tmp_path):
-    save_folder(tiny_model(), tmp_path)
-    (tmp_path / CONFIG).write_text(config)
-    with pytest.raises(ValueError, match=problem):
-        load_folder(tmp_path)
-
-
-def test_the_configuration_is_part_of_a_folders_hash(tmp_path):
-    """The same weights read other pixels."""
-    save_folder(model := tiny_model(), tmp_path)
-    before = file_hash(tmp_path)
-    model.config = {**model.config, "preprocess": {**model.config["preprocess"], "mean": [0.5] * 3}}
-    save_folder(model, tmp_path)
-    assert file_hash(tmp_path) != before
 
 
 def test_keys_that_do_not_fit_are_named(tmp_path, tiny_file):
     state = state_dict("longclip_tiny") | {"visual.proj": torch.ones(2, 2), "head": torch.ones(1)}
     del state["ln_final.bias"]
+    state["ln_final.weight"][0] = torch.nan
     torch.save(state, tmp_path / "odd.pt")
-    problem = (
-        "it lacks text.ln_final.bias; it has, left over, head; of another shape is visual.proj"
-    )
-    with pytest.raises(ValueError, match=f"LongCLIP .*{problem} .2, 2., here .128, 48"):
+    problem = "it lacks text.ln_final.bias .1 in all.; it has, left over, head .*; of another shape"
+    problem += " is visual.proj .*; not of finite numbers is text.ln_final.weight"
+    with pytest.raises(ValueError, match=f"odd.pt does not fit LongCLIP .*{problem}"):
         jettclip.create_model("LongCLIP", tmp_path / "odd.pt")
-    torch.save({"image_encoder.model.patch_emb.0.block.conv.weight": torch.ones(1)}, tmp_path / "a")
-    with pytest.raises(ValueError, match="a does not fit JettCLIP-T .*: it lacks 'logit_scale'"):
-        jettclip.create_model("JettCLIP-T", tmp_path / "a")
-    problem = "JettCLIP-T .*it lacks .* and [0-9]+ more; it has, left over, .* and [0-9]+ more"
-    with pytest.raises(ValueError, match=problem):
+    with pytest.raises(ValueError, match="JettCLIP-T .*lacks .* in all.; it has, left over, .* in"):
         jettclip.create_model("JettCLIP-T", tiny_file)
 
 
@@ -325,7 +260,6 @@ SMALL_TEXT = {"text_width": 64, "text_heads": 1, "text_layers": 2}
         ("JettCLIP-S0", "longclip", SMALL_TEXT),
         ("JettCLIP-B", "stretched", SMALL_TEXT),
         ("JettCLIP-T", "longclip", {}),
-        ("MobileCLIP2-S0", None, SMALL_TEXT),
         ("LongCLIP-B", None, SMALL_TEXT | {"vision_layers": 2}),
     ],
 )
@@ -340,35 +274,22 @@ def test_folder_opens_in_open_clip(name, tower, sizes, tmp_path):
     images = torch.stack([preprocess(Image.fromarray(x)) for x in (pixels, pixels[::-1])])
     assert largest(transforms(model.config)[1](Image.fromarray(pixels)), images[0]) < 1e-6
     with torch.inference_mode():
-        for ours, expected in zip(
-            model(images, tokens), theirs.eval()(images, tokens), strict=True
-        ):
-            assert largest(ours, expected) < 1e-5
-
-
-@pytest.mark.parametrize("tower", ["length_aware", "stretched"])
-def test_open_clip_refuses_a_text_tower_of_ours(tower, tmp_path):
-    save_folder(tiny_model(text_tower=tower), tmp_path)
-    with pytest.raises(TypeError, match="hybrid"):
-        open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+        found, expected = model(images, tokens), theirs.eval()(images, tokens)
+    assert max(map(largest, found, expected)) < 1e-5
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name, sizes", [("JettCLIP-T", TINY), ("LongCLIP-T", {})])
-def test_clip_benchmark_evaluates_our_models(name, sizes, monkeypatch):
+def test_clip_benchmark_evaluates_our_models(monkeypatch):
     monkeypatch.setattr(evaluate, "TIE", 0.0)  # similarities of an untrained model hardly differ
-    model, _, preprocess = jettclip.create_model_and_transforms(name, **sizes)
-    model, tokenizer, table = randomise(model), jettclip.get_tokenizer(name), make_pairs(12, seed=0)
+    model, _, preprocess = jettclip.create_model_and_transforms("JettCLIP-T", **TINY)
+    tokenizer, table = jettclip.get_tokenizer("JettCLIP-T"), make_pairs(12, seed=0)
+    model = randomise(model)
     photos = torch.stack([preprocess(Image.open(io.BytesIO(image))) for image in table.image])
     batches = [(photos[i : i + 4], [[text] for text in table.long[i : i + 4]]) for i in (0, 4, 8)]
-    settings = {"device": "cpu", "amp": False}
-    theirs = zeroshot_retrieval.evaluate(
-        model, batches, tokenizer, recall_k_list=[1, 5], **settings
-    )
-    image, text = (
-        model.encode_image(photos, True),
-        model.encode_text(tokenizer([*table.long]), True),
-    )
+    cpu = {"device": "cpu", "amp": False}
+    theirs = zeroshot_retrieval.evaluate(model, batches, tokenizer, recall_k_list=[1, 5], **cpu)
+    image = model.encode_image(photos, True)
+    text = model.encode_text(tokenizer([*table.long]), True)
     ours = evaluate.retrieval(image, text).set_index("metric").value
     for k in (1, 5):
         t2i, i2t = theirs[f"image_retrieval_recall@{k}"], theirs[f"text_retrieval_recall@{k}"]
@@ -376,9 +297,7 @@ def test_clip_benchmark_evaluates_our_models(name, sizes, monkeypatch):
     labels, names = torch.arange(12) % 2, ["circle", "star"]
     loader = DataLoader(TensorDataset(photos, labels), batch_size=4)
     loader.dataset.classes = names
-    theirs = zeroshot_classification.evaluate(
-        model, loader, tokenizer, names, ["a {c}."], **settings
-    )
+    theirs = zeroshot_classification.evaluate(model, loader, tokenizer, names, ["a {c}."], **cpu)
     classes = model.encode_text(tokenizer(["a circle.", "a star."]), True)
     right = (image @ classes.T).argmax(dim=1) == labels
     assert theirs["acc1"] == pytest.approx(right.double().mean().item())

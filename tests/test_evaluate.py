@@ -22,6 +22,7 @@ import jettclip
 from jettclip import evaluate
 from jettclip.data import PairDataset
 from jettclip.datasets.scenes import make_details
+from jettclip.models import transforms
 
 nan = float("nan")
 
@@ -37,12 +38,8 @@ def ranks_of(similarity, image_of_text=None, chunk=4096):
     "similarity, t2i, i2t",
     [
         ([[0.9, 0.1], [0.5, 0.5]], [0, 1], [0, 0]),  # the docstring's
-        ([[0.9, 0.1, 0.2], [0.3, 0.8, 0.1], [0.2, 0.3, 0.7]], [0, 0, 0], [0, 0, 0]),
         ([[0.9, 0.1, 0.0], [0.2, 0.3, 0.8], [0.4, 0.5, 0.6]], [0, 1, 0], [0, 1, 1]),
-        ([[0.1, 0.9, 0.5], [0.9, 0.1, 0.5], [0.9, 0.5, 0.1]], [2, 2, 2], [2, 2, 2]),
         ([[0.5, 0.5, 0.1], [0.2, 0.5, 0.1], [0.5, 0.1, 0.6]], [1, 0, 0], [1, 1, 0]),  # ties
-        ([[0.5] * 3] * 3, [2, 2, 2], [2, 2, 2]),
-        ([[nan] * 3] * 3, [2, 2, 2], [2, 2, 2]),
         ([[nan] * 3, [0.1, 0.9, 0.1], [0.1, 0.1, 0.9]], [2, 0, 0], [2, 1, 1]),
     ],
 )
@@ -51,7 +48,7 @@ def test_ranks_by_hand(similarity, t2i, i2t):
 
 
 @given(data=st.data(), images=st.integers(1, 6), texts=st.integers(1, 9))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_ranks_are_those_of_a_double_loop(data, images, texts):
     levels = st.sampled_from([0.0, 0.25, 0.5, 1.0])
     similarity = [[data.draw(levels) for _ in range(images)] for _ in range(texts)]
@@ -135,36 +132,15 @@ def test_no_texts_no_images_one_row(table):
         assert rank.tolist() == [0] * n and rank.dtype == np.int64
     assert np.isnan(list(evaluate.recall(model, none).values())).all()
     assert evaluate.embed_texts(model, words, "a dog").shape == (1, 16)  # not a letter a row
-    t2i, i2t = evaluate.ranks(torch.eye(3), torch.empty(0, 3), [])
-    assert len(t2i) == 0 and i2t.tolist() == [0, 0, 0]
     for function in (evaluate.interval, evaluate.median_interval):
         assert function([])["n"] == 0 and np.isnan([*function([]).values()][:3]).all()
         assert function([0.3])["value"] == 0.3 and np.isnan(function([0.3])["low"])
-        assert np.isnan(function([0.3, 0.4], groups=[7, 7])["high"])
     for pair in (([], []), ([0.3], [0.2]), ([1], [0])):
         assert evaluate.difference_interval(*pair)["p"] == 1
     assert evaluate.clear_best({}) is None and evaluate.clear_best({"a": [], "b": []}) is None
     empty = pd.DataFrame({"position": [], "attribute": []})
     assert len(evaluate.by_attribute(np.empty(0), empty)) == 0
     assert len(evaluate.by_position(np.empty(0), [])) == 0
-
-
-@pytest.mark.parametrize(
-    "call, sentence",
-    [
-        (lambda: evaluate.ranks(torch.eye(2), torch.eye(2), [0]), "1 rows for 2 texts and 2 im"),
-        (lambda: evaluate.ranks(torch.eye(2), torch.eye(2), [0, -1]), "row of each text's image"),
-        (lambda: evaluate.ranks(torch.eye(3)[:2], torch.eye(3)), "for 3 texts and 2 images"),
-        (lambda: evaluate.interval([1, 0], groups=[1]), "1 groups for 2 values: give each value"),
-        (lambda: evaluate.median_interval([1, 2], groups=[1, 2, 3]), "3 groups for 2 values"),
-        (lambda: evaluate.difference_interval([1, 0], [1]), "must have the same shape"),
-        (lambda: evaluate.zero_shot(*[None] * 2, [b""], [0], [], ["{}"]), "1 images need classes"),
-        (lambda: evaluate.zero_shot(*[None] * 2, [b""], [0, 1], ["a"], ["{}"]), "and 2 labels"),
-    ],
-)
-def test_what_does_not_fit_is_refused_in_a_sentence(call, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        call()
 
 
 def test_features_keep_the_order_of_rows(table, dataset):
@@ -190,20 +166,16 @@ def test_features_keep_the_order_of_rows(table, dataset):
 def test_templates_are_the_published_ones():
     folder = Path(clip_benchmark.datasets.__file__).parent
     published = json.loads((folder / "en_zeroshot_classification_templates.json").read_text())
-    for name, templates in zip(
-        ("cifar10", "cifar100", "imagenet1k"), evaluate.TEMPLATES.values(), strict=True
-    ):
+    for name, templates in evaluate.TEMPLATES.items():
         filled = [t("{c}") if callable(t) else t.format("{c}") for t in templates]
-        assert sorted(published[name]) == sorted(filled)
+        assert sorted(published[name.replace("imagenet", "imagenet1k")]) == sorted(filled)
 
 
-@pytest.mark.parametrize("context_length", [77, 248])
-def test_zero_shot_is_that_of_open_clip(context_length, table):
-    model = randomise(tiny_model(context_length=context_length))
-    _, _, prepare = jettclip.create_model_and_transforms("JettCLIP-T", image_size=32)
-    tokenizer = jettclip.get_tokenizer("JettCLIP-T", context_length)
-    names, prompts = ["airplane", "cat", "ship", "oak tree"], evaluate.TEMPLATES["cifar10"]
-    files, labels = table.image[:9], pd.Series(np.random.default_rng(0).integers(0, 4, 9))
+def test_zero_shot_is_that_of_open_clip(table):
+    model, tokenizer = randomise(tiny_model()), jettclip.get_tokenizer("JettCLIP-T")
+    prepare = transforms(model.config)[1]
+    names, prompts = ["cat", "ship", "oak tree"], evaluate.TEMPLATES["cifar10"][:6]
+    files, labels = table.image[:9], pd.Series(np.random.default_rng(0).integers(0, 3, 9))
     with torch.inference_mode():
         tokens = [tokenizer([prompt.format(name) for prompt in prompts]) for name in names]
         means = [normalize(model.encode_text(t, normalize=True).mean(0), dim=0) for t in tokens]
@@ -268,8 +240,6 @@ def test_by_attribute():
     details = details.loc[np.repeat([0, 1, 2], [10, 10, 5])]
     table = evaluate.by_attribute(np.repeat([1.0, 0.5, 0.0], [10, 10, 5]), details)
     rows = table.part + " " + table.attribute
-    names = (
-        "before 77 all, before 77 size, from 77 all, from 77 colour, any all, any colour, any size"
-    )
-    assert ", ".join(rows) == names and table.n.tolist() == [10, 10, 15, 10, 25, 10, 15]
+    names = "before 77 all, before 77 size, from 77 all, from 77 colour, any all, any colour, any"
+    assert ", ".join(rows) == f"{names} size" and table.n.tolist() == [10, 10, 15, 10, 25, 10, 15]
     assert table.value.tolist() == pytest.approx([1, 1, 1 / 3, 0.5, 0.6, 0.5, 2 / 3])

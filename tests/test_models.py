@@ -1,20 +1,16 @@
 """Names become models of the promised sizes, mistakes name the nearest word, folding is exact."""
 
-import io
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MODELS_AND_TOWERS, TINY, largest, randomise, tiny_model
+from conftest import TINY, largest, randomise, tiny_model
 from PIL import Image
 from test_runtime import photo
-from torchvision.transforms import v2
 
 import jettclip
-from jettclip import checkpoints
 from jettclip.evaluate import embed_images
-from jettclip.models import MODELS, transforms
+from jettclip.models import TEXT_TOWERS, transforms
 
 SENTENCES = ["a red ring", "a large blue star on a grey ground, " * 8]
 
@@ -26,19 +22,13 @@ def outputs(model):
         return model(images, jettclip.get_tokenizer("JettCLIP-T")(SENTENCES))[:2]
 
 
-def test_names():
-    assert {"JettCLIP-T", "LongCLIP-T", "LongCLIP", "MobileCLIP2-S4"} <= {*jettclip.list_models()}
-
-
 @pytest.mark.parametrize(
     "name, asked, problem",
     [
         ("JetCLIP-T", {}, "model 'JetCLIP-T' is unknown: did you mean 'JettCLIP-T'"),
-        ("longclip-T", {}, "did you mean 'LongCLIP-T'"),
         ("JettCLIP-T", {"text_tower": "lenght_aware"}, "tower 'lenght_aware' .* 'length_aware'"),
         ("LongCLIP-B", {"text_tower": "stretched"}, "has its published text tower, longclip"),
         ("JettCLIP-T", {"imagesize": 32}, "of JettCLIP-T 'imagesize' .* did you mean 'image_size'"),
-        ("LongCLIP-T", {"textwidth": 64}, "did you mean 'text_width'"),
         ("LongCLIP", {}, "LongCLIP has the sizes of its file"),
     ],
 )
@@ -47,9 +37,9 @@ def test_mistakes_are_named(name, asked, problem):
         jettclip.create_model(name, **asked)
 
 
-@pytest.mark.parametrize("name, tower", MODELS_AND_TOWERS)
-def test_encoding(name, tower):
-    model = jettclip.create_model(name, text_tower=tower).eval()
+@pytest.mark.parametrize("name", ["JettCLIP-T", "LongCLIP-T"])
+def test_encoding(name):
+    model = jettclip.create_model(name).eval()
     images, tokens = torch.rand(2, 3, 64, 64), jettclip.get_tokenizer(name)(SENTENCES)
     with torch.inference_mode():
         image, text = model.encode_image(images), model.encode_text(tokens)
@@ -60,39 +50,13 @@ def test_encoding(name, tower):
     assert torch.allclose(normal_text, F.normalize(text, dim=1))
     assert scale.item() == pytest.approx(1 / 0.07)
     assert model.encode_image(images[:0]).shape == (0, model.config["embed_dim"])
-    with pytest.raises(ValueError, match=r"images of shape \(3, 64, 64\): this model reads \(B, 3"):
-        model.encode_image(images[0])
+    assert jettclip.get_tokenizer(name, 77)("a ring").shape == (1, 77)
     assert 5e5 < sum(p.numel() for p in model.visual.parameters()) < 1.5e6
 
 
-def test_sizes():
-    model = tiny_model(context_length=77).eval()
-    tokens = torch.tensor([[49406, 5, 49407]])
-    image, text = model.encode_image(torch.rand(1, 3, 32, 32)), model.encode_text(tokens)
-    assert image.shape == text.shape == (1, 16)
-    assert model.text.positional_embedding.shape == (77, 16) and model.image_size == 32
-    assert MODELS["JettCLIP-T"]["text_cfg"]["context_length"] == 248
-    assert jettclip.get_tokenizer("JettCLIP-T", 77)("a ring").shape == (1, 77)
-
-
-def test_run_folder_must_agree_with_what_is_asked(tmp_path):
-    saved = tiny_model()
-    checkpoints.save_folder(saved, tmp_path)
-    for asked in ({}, TINY, {"text_tower": "length_aware", **TINY}):
-        loaded = jettclip.create_model("JettCLIP-T", tmp_path, **asked)
-        assert torch.equal(loaded.text.text_projection, saved.text.text_projection)
-    for name, asked in (
-        ("LongCLIP-T", {}),
-        ("JettCLIP-T", {"image_size": 64}),
-        ("JettCLIP-T", {"text_tower": "stretched", **TINY}),
-    ):
-        with pytest.raises(ValueError, match="holds JettCLIP-T with"):
-            jettclip.create_model(name, tmp_path, **asked)
-
-
-@pytest.mark.parametrize("name, tower", MODELS_AND_TOWERS)
-def test_reparameterize(name, tower):
-    model = randomise(jettclip.create_model(name, text_tower=tower))
+@pytest.mark.parametrize("tower", TEXT_TOWERS)
+def test_reparameterize(tower):
+    model = randomise(jettclip.create_model("JettCLIP-T", text_tower=tower))
     before = outputs(model)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     folded = jettclip.reparameterize(model.train())
@@ -107,20 +71,17 @@ def test_reparameterize(name, tower):
         assert torch.equal(features, expected)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P", "1", "CMYK"])
-def test_preprocessing(mode, tmp_path):
+@pytest.mark.parametrize("mode, size", [("RGB", (80, 50)), ("P", (20, 33)), ("CMYK", (40, 40))])
+def test_preprocessing(mode, size, tmp_path):
     _, train, val = jettclip.create_model_and_transforms("JettCLIP-T", **TINY)
-    for size in ((80, 50), (20, 33)):
-        pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-        image = Image.fromarray(pixels).convert(mode)
-        for tensor in (train(image), val(image)):
-            assert tensor.shape == (3, 32, 32) and tensor.dtype == torch.float32
-            assert tensor.min() >= 0 and 0.3 < tensor.max() <= 1
-        image.save(file := io.BytesIO(), "PNG" if mode != "CMYK" else "TIFF")
-        (path := tmp_path / "photo").write_bytes(file.getvalue())
-        tensor = v2.functional.pil_to_tensor(image.convert("RGB"))
-        for source in (image.convert("RGB"), file.getvalue(), path, str(path), tensor):
-            assert torch.equal(val(source), val(image))
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    image, path = Image.fromarray(pixels).convert(mode), tmp_path / "photo.tif"
+    for tensor in (train(image), val(image)):
+        assert tensor.shape == (3, 32, 32) and tensor.dtype == torch.float32
+        assert tensor.min() >= 0 and 0.3 < tensor.max() <= 1
+    image.save(path)
+    for source in (image.convert("RGB"), path.read_bytes(), path, str(path)):
+        assert torch.equal(val(source), val(image))
 
 
 def test_a_turned_photo_is_prepared_alike_by_path_and_by_pillow(tmp_path):
@@ -137,11 +98,9 @@ def test_pixels_are_scaled_and_nothing_else():
     _, _, val = jettclip.create_model_and_transforms("JettCLIP-T", **TINY)
     tensor = val(Image.new("RGB", (50, 80), (255, 0, 51)))
     assert torch.allclose(tensor, torch.tensor([1, 0, 0.2]).view(3, 1, 1).expand(3, 32, 32))
-    square = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
-    assert torch.allclose(val(square), square / 255)
 
 
-@pytest.mark.parametrize("size", [64, 96, 128])
+@pytest.mark.parametrize("size", [64, 96])
 def test_sizes_at_which_a_channels_last_stem_crashed(size):
     """oneDNN's bug would end the process; the gradient must be that of the plain format."""
     gradients = []

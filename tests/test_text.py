@@ -62,19 +62,13 @@ def test_a_line_stays_a_line(mode, kept, last):
     assert torch.allclose(stretched[kept:], quarters[:, None] * slopes)
 
 
-def test_exact_stretching_passes_through_the_old_rows():
-    table = torch.randn(77, 5, generator=torch.Generator().manual_seed(0))
-    stretched = text.stretch_positions(table, mode="exact")
-    assert torch.equal(stretched[:19], table[:19]) and torch.equal(stretched[19::4], table[19:])
-    assert torch.allclose(stretched[20], 0.75 * table[19] + 0.25 * table[20])
-
-
 def test_impossible_stretching():
-    with pytest.raises(ValueError, match="'linear' is unknown: use 'longclip' or 'exact'"):
-        text.stretch_positions(torch.zeros(77, 4), mode="linear")
-    for length, keep in ((250, 20), (248, 0), (248, 77)):
-        with pytest.raises(ValueError, match=f"cannot stretch 77 - {keep} positions evenly to"):
-            text.stretch_positions(torch.zeros(77, 4), length, keep)
+    for arguments, problem in (
+        ({"mode": "linear"}, "'linear' is unknown: use 'longclip' or 'exact'"),
+        ({"length": 250}, "cannot stretch 77 - 20 positions evenly to 250 - 20"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            text.stretch_positions(torch.zeros(77, 4), **arguments)
 
 
 # Whatever may break a tokenizer: words, Unicode, controls, HTML, special tokens, all cases.
@@ -100,7 +94,7 @@ def test_tokens_are_open_clips(monkeypatch):
     monkeypatch.setattr(text.Tokenizer, "MEMORY", 1000)  # it is emptied on the way
     ours, theirs = text.tokenizer(), SimpleTokenizer(context_length=248)
     random = np.random.default_rng(0)
-    for _ in range(10_000):
+    for _ in range(3000):
         words = random_text(random)
         assert ours.encode(words) == theirs.encode(words), ascii(words)
     texts = ["", "!", "\x00", "long " * 400, "x" * 5000, "ß 漢字 🙂" * 100, "a <end_of_text> b"]
@@ -113,7 +107,7 @@ def test_tokens_are_open_clips(monkeypatch):
 @pytest.mark.parametrize("make", [hybrid, causal, bidirectional])
 def test_features_do_not_depend_on_padding_or_batch_mates(make):
     tower = make()
-    lengths = [3, 248, 4, 77, 78, 247, *np.random.default_rng(1).integers(3, 249, 34)]
+    lengths = [3, 248, 4, 77, 78, 247, *np.random.default_rng(1).integers(3, 120, 28)]
     tokens = captions(lengths)
     together = encode(tower, tokens)
     alone = [encode(tower, row[None]) for row in tokens]
@@ -166,15 +160,6 @@ def test_packed_training_is_that_of_the_padded_batch():
         assert largest(result, expected) < 1e-4 * max(1, expected.abs().max())
 
 
-def test_bfloat16_training():
-    tower, tokens = hybrid().train(), captions([3, 248, 40, 77])
-    exact = F.normalize(tower(tokens), dim=1)
-    with torch.autocast("cpu", torch.bfloat16):
-        features = F.normalize(tower(tokens).float(), dim=1)
-    features.square().sum().backward()
-    assert largest(features, exact) < 0.05 and tower.first.norm.running_mean.dtype == torch.float32
-
-
 def test_stretched_tower_uses_the_full_context():
     """It reads a caption without padding as the masked tower does, and a padded one otherwise."""
     masked, stretched = hybrid(), hybrid(mask_padding=False)
@@ -189,12 +174,9 @@ def test_stretched_tower_uses_the_full_context():
     assert largest(encode(stretched, padded), before[1]) > 1e-3
 
 
-@pytest.mark.parametrize("make", [hybrid, causal])
-def test_too_many_tokens(make):
-    for shape in ((2, 249), (2, 0), (5,)):
-        tokens = torch.ones(shape, dtype=torch.long)
-        with pytest.raises(ValueError, match=r"this model reads \(B, up to 248\)"):
-            make()(tokens)
+def test_too_many_tokens():
+    with pytest.raises(ValueError, match=r"\(2, 249\): this model reads \(B, up to 248\)"):
+        hybrid()(torch.ones(2, 249, dtype=torch.long))
 
 
 @pytest.mark.parametrize("make", [hybrid, causal, bidirectional])
@@ -203,26 +185,6 @@ def test_no_captions_and_one_of_one_token(make):
     assert tower(torch.zeros(0, 248, dtype=torch.long)).shape == (0, 8)
     assert tower(torch.full((1, 1), END)).isfinite().all()
     assert all(buffer.isfinite().all() for buffer in tower.buffers())
-
-
-def test_length_groups_keep_the_order():
-    tokens, widths = captions(range(100, 3, -1)), []
-    end = tokens.argmax(dim=1)
-
-    class Lengths(text.TextTower):
-        def encode(self, x, end):
-            widths.append(x.shape[1])
-            return torch.stack([end + 1, x[:, 0]], dim=1)
-
-    features = Lengths().encode_batch(tokens, end)
-    assert features[:, 0].tolist() == [*range(100, 3, -1)]
-    assert torch.equal(features[:, 1], tokens[:, 0])
-    assert widths == [35, 67, 99, 100] and [len(g) for g in text.length_groups(end)] == [
-        32,
-        32,
-        32,
-        1,
-    ]
 
 
 def test_batch_norm_sees_real_tokens_only():
