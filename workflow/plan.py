@@ -80,8 +80,7 @@ def check(key, value, default, line="", declarations=None):
         for word in words:
             if word not in listed[2].split(", "):
                 raise ValueError(f"{key}: " + nearest(word, listed[2].split(", "), "choice"))
-        if len({*words}) < len(words) or ("none" in words and len(words) > 1):
-            raise ValueError(f"{key}: {value!r} names one twice, or none beside another.")
+        check_sum(key, words)
     if isinstance(value, int | float):
         check_range(key, value, line)
     return value
@@ -92,6 +91,11 @@ def check_batch(batch_size=1, processes=1, train_pairs=0, **others):
         raise ValueError(f"batch_size: {batch_size} does not divide among {processes} processes.")
     if 0 < train_pairs < batch_size:
         raise ValueError(f"train_pairs: {train_pairs} do not fill a batch_size of {batch_size}.")
+
+
+def check_sum(key, words):
+    if len({*words}) < len(words) or ("none" in words and len(words) > 1):
+        raise ValueError(f"{key}: {'+'.join(words)!r} names one twice, or none beside another.")
 
 
 def check_range(key, value, line):
