@@ -1,7 +1,6 @@
 """Why a model is good or bad: swapped words, its teacher's geometry, its training."""
 
 import re
-from functools import cache
 from itertools import zip_longest
 
 import numpy as np
@@ -21,12 +20,11 @@ SWAPS = {
     for kind, words in KINDS
     for word in words.split()
 }
-encoder = cache(lambda: tokenizer().encode)  # reads its vocabulary once
 
 
 def first_difference(text, changed):
     """Position of the first token in which two texts differ, if any; the start token is 0."""
-    tokens = zip_longest(encoder()(text), encoder()(changed))
+    tokens = zip_longest(*map(tokenizer().encode, (text, changed)))
     return next((i for i, (a, b) in enumerate(tokens, start=1) if a != b), None)
 
 

@@ -19,7 +19,7 @@ from open_clip.model import convert_to_custom_text_state_dict
 from safetensors.torch import load_file, save_file
 
 from .text import stretch_positions
-from .utils import write_json, write_then_rename
+from .utils import absolute, read_json, write_json, write_then_rename
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 
@@ -62,24 +62,19 @@ def save_folder(model, folder):
     write_then_rename(folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
 
 
-def local(path):
-    """A path that a user gives, absolute."""
-    return Path(path).expanduser().absolute()
-
-
 def is_run_folder(path):
     """Whether `path` is a folder of ours. A folder without both files is a FileNotFoundError."""
-    return local(path).is_dir() and "jettclip" in folder_config(path)
+    return absolute(path).is_dir() and "jettclip" in folder_config(path)
 
 
 def folder_config(folder):
     """The open_clip_config.json of a model folder."""
-    folder = local(folder)
+    folder = absolute(folder)
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         names = " and no ".join(missing)
         raise FileNotFoundError(f"{folder} has no {names}: it is no (finished) model folder")
-    return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    return read_json(folder / CONFIG)
 
 
 def file_hash(folder):
@@ -96,7 +91,7 @@ def read_state(source):
     if isinstance(source, dict):  # of towers
         return {tower: read_state(file)[0] for tower, file in source.items()}, None
     is_openai = str(source).startswith("openai:")
-    path, ours = local(str(source).removeprefix("openai:")), None
+    path, ours = absolute(str(source).removeprefix("openai:")), None
     if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
         path = path.parent
     if path.is_dir():

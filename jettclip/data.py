@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +17,12 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transform
 
 from .datasets import collage, published, scenes
-from .inputs import Unreadable, digest, read_photo
+from .inputs import Unreadable, digest, read_checked, read_photo
 from .models import PLAIN
 from .text import tokenizer
 from .utils import nearest
 
 COLUMNS = ["image", "long", "short", "split", "key"]  # image: encoded bytes or a path
-tokenizer_of = cache(tokenizer)  # it remembers words
 IN_MEMORY = 2 << 30  # bytes of decoded images that a PairDataset keeps
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
@@ -94,8 +92,7 @@ def clean_pairs(table, context_length=248):
             elif (n := len(encode(text)) + 2) > context_length:
                 problems.append(f"{name} caption of {n} tokens, truncated to {context_length}")
         try:
-            hashed = digest(image)
-            read_photo(image)
+            _, hashed = read_checked(image)
         except Unreadable as error:
             problems.append(f"unreadable image, left out: {error}")
         return problems, hashed
@@ -186,7 +183,7 @@ class PairDataset(Dataset):
         captions = (self.table[name].take(rows).to_pylist() for name in self.captions)
         if self.captions == ["longs", "shorts"]:
             captions = ([texts[i] for texts, i in zip(x, draws, strict=True)] for x in captions)
-        return tuple(map(tokenizer_of(self.context_length), captions))
+        return tuple(map(tokenizer(self.context_length), captions))
 
     long = property(lambda self: self.tokens(range(len(self)))[0])  # (N, L), in their first order
     short = property(lambda self: self.tokens(range(len(self)))[1])
@@ -199,9 +196,8 @@ class PairDataset(Dataset):
         if "digest" in self.table.column_names and isinstance(image, str):
             hashed = self.table["digest"][row].as_py()
         try:
-            if hashed and digest(image) != hashed:
-                raise Unreadable(f"{os.path.abspath(image)}: other contents")
-            return read_image(image)
+            photo = read_checked(image, hashed)[0] if hashed else read_photo(image)
+            return transform.pil_to_tensor(photo)
         except Unreadable as error:
             problem = f"the image of {self.keys[row]!r} changed since notebook 00 checked it"
             raise RuntimeError(f"{problem}: run notebook 00 again ({error})") from None

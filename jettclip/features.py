@@ -8,7 +8,6 @@ A cache folder holds `image.npy` (N, K, d), `long.npy`, `short.npy` (N, d), norm
 """
 
 import hashlib
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from .data import dataset_for, draw_crops, fingerprint, in_order, loader
 from .distributed import is_first, rank, wait_for_all, world_size
 from .models import load_folder
 from .runs import code_hash
-from .utils import progress, write_json, write_then_rename
+from .utils import progress, read_json, write_json, write_then_rename
 
 FILES = ("image", "long", "short", "crops")
 CODE = ("inputs", "data", "text", "models", "features")  # modules that decide the features
@@ -39,7 +38,7 @@ class FeatureCache:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        self.manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+        self.manifest = read_json(self.folder / "manifest.json")
         # not "r": PyTorch warns of read-only arrays
         files = [np.load(self.folder / f"{name}.npy", mmap_mode="c") for name in FILES]
         self.image, self.long, self.short, self.crops = files
@@ -103,7 +102,7 @@ class FeatureCache:
         path = Path(folder) / "manifest.json"
         if not path.exists():
             raise FileNotFoundError(f"{folder} holds no finished feature cache: run notebook 01")
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         cached = {key: manifest.get(key) for key in source}
         if differs := [key for key in source if cached[key] != source[key]]:
             values = [f"{key} (cached {cached[key]!r}, asked {source[key]!r})" for key in differs]
@@ -146,7 +145,7 @@ def _prepare(folder, manifest, shapes):
     """Create the files of a cache, unless a killed run of the same left them."""
     folder.mkdir(parents=True, exist_ok=True)
     started, paths = folder / "progress.json", [folder / f"{name}.npy" for name in shapes]
-    left = started.exists() and json.loads(started.read_text(encoding="utf-8"))
+    left = started.exists() and read_json(started)
     if left == manifest and all(map(Path.exists, paths)):
         return
     started.unlink(missing_ok=True)

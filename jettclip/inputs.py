@@ -42,7 +42,21 @@ def read_photo(source, at_least=None):
 def digest(source):
     """Hash of an image's encoded bytes, or of those of its file: 32 hexadecimal digits."""
     with _opened(source) as file:
-        return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
+        return _hash(file)
+
+
+def read_checked(source, expected=None):
+    """`read_photo` and `digest` of a path or encoded bytes, opened once. Contents of another digest
+    than `expected` are Unreadable."""
+    with _opened(source) as file:
+        if (hashed := _hash(file)) != (expected or hashed):
+            raise ValueError("other contents")
+        file.seek(0)
+        return _rgb(_decoded(file, None)), hashed
+
+
+def _hash(file):
+    return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
 
 
 @contextmanager

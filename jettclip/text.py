@@ -38,6 +38,7 @@ class Tokenizer(inputs.Tokenizer):
         return torch.from_numpy(super().__call__(texts, context_length))
 
 
+@cache  # it reads a vocabulary, and remembers words
 def tokenizer(context_length=CONTEXT):
     """-> tokenizer(texts) -> LongTensor (B, context_length); truncates, keeps the end token."""
     return Tokenizer(*byte_pairs(), context_length)

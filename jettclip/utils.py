@@ -20,6 +20,16 @@ def write_json(path, value):
     write_then_rename(path, lambda file: file.write_text(text, "utf-8"))
 
 
+def read_json(path):
+    """The value of a JSON file in UTF-8."""
+    return json.loads(Path(path).read_text("utf-8"))
+
+
+def absolute(path):
+    """A path that a user gives: `~` expanded, absolute from where the user stands."""
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
 def write_then_rename(path, write):
     """Call `write(temporary path)`, then rename the result to `path`."""
     path = Path(path)

@@ -18,7 +18,6 @@ import ast
 import hashlib
 import io
 import itertools
-import json
 import math
 import os
 import re
@@ -31,7 +30,7 @@ from pathlib import Path
 
 import yaml
 
-from jettclip.utils import nearest
+from jettclip.utils import nearest, read_json
 
 # One execution of a notebook. It runs again when its parameters, its code or the files at or below
 # the paths that it reads, (parameter, path), change.
@@ -42,7 +41,7 @@ RANGE = re.compile(r"# .*?\b((at least|above|from) ([\d.]*\d)(?: to ([\d.]*\d))?
 
 def code_cells(notebook, tag=""):
     """Sources of a notebook's code cells (of this tag); lines like `%time` or `!ls` do nothing."""
-    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+    for cell in read_json(notebook)["cells"]:
         if cell["cell_type"] == "code" and tag in [*cell["metadata"].get("tags", []), ""]:
             yield re.sub(r"(?m)^([ \t]*)(%%?\w|!).*", r"\1pass", "".join(cell["source"]))
 
@@ -151,11 +150,11 @@ def stamp(reads):
     is an error."""
     if missing := [f"{key}: there is no {path}" for key, path in reads if not os.path.exists(path)]:
         raise ValueError("; ".join(missing))
+    if not reads:
+        return ""
     paths = {path for _, path in reads}
     outermost = [path for path in sorted(paths) if not paths & {*map(str, Path(path).parents)}]
-    return (
-        hashlib.sha256("".join(map(listing, outermost)).encode()).hexdigest()[:16] if paths else ""
-    )
+    return hashlib.sha256("".join(map(listing, outermost)).encode()).hexdigest()[:16]
 
 
 @cache

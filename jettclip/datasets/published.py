@@ -13,7 +13,6 @@ import re
 from collections import defaultdict
 from contextlib import contextmanager
 from operator import itemgetter
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,7 +21,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ..utils import nearest
+from ..utils import absolute, nearest
 
 SPLITS = ("train", "val", "test")
 # What Windows, macOS, Jupyter and network drives put into folders of data.
@@ -48,7 +47,7 @@ def encoded(picture, kind):
 def data_folder(root):
     """The absolute path of `root`, else of JETTCLIP_DATA, else None."""
     root = root or os.environ.get("JETTCLIP_DATA")
-    return Path(os.path.abspath(os.path.expanduser(root))) if root else None
+    return absolute(root) if root else None
 
 
 def _files(root, pattern):

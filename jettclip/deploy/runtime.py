@@ -11,6 +11,7 @@ import numpy as np
 import tokenizers
 
 from ..inputs import Tokenizer, transform
+from ..utils import read_json
 
 CONFIG = "deploy.json"
 BACKENDS = ("onnxruntime", "openvino", "openvino-bf16")
@@ -57,7 +58,7 @@ class ExportedModel:
     def __init__(self, folder, backend):
         self.folder, path = folder, folder / CONFIG
         try:
-            self.config = json.loads(path.read_text("utf-8"))
+            self.config = read_json(path)
             made_of = [self.config[key] for key in IMAGE_KEYS]
             self.context_length, self.hashes = self.config["context_length"], self.config["sha256"]
         except (ValueError, TypeError, KeyError):
