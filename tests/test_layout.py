@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = ["utils", "distributed", "runs", "losses", "inputs", "deploy.runtime", "text"]
 ORDER += ["checkpoints", "models", "datasets.published", "datasets.scenes", "datasets.collage"]
 ORDER += ["data", "evaluate", "analysis", "features", "train", "deploy.export", "deploy.timing"]
-ORDER += ["search"]
+ORDER += ["nearest", "web", "photos", "search"]
 BARRED = {"IPython", "matplotlib", "nbconvert", "papermill", "snakemake", "typst"}
 
 

@@ -69,7 +69,7 @@ def test_the_package_imports_without_the_extras_and_what_only_linux_has():
 
 
 def test_the_package_asks_for_what_it_imports():
-    asked = {canonical(r.name) for r in PACKAGE + EXTRAS["openvino"] + EXTRAS["web"]}
+    asked = {canonical(r.name) for r in PACKAGE + EXTRAS["openvino"] + EXTRAS["photos"]}
     names = set()
     for path in ROOT.glob("jettclip/**/*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
