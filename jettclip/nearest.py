@@ -33,11 +33,12 @@ def coarse(features):
     values = photos.reshape(count, blocks, BLOCK), scales.ravel()
     values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in values]
     options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_external_initializers(["photos", "scales"], values)
     graph = PRODUCT.format(BLOCK=BLOCK, count=count, width=width, blocks=blocks, scales=scales.size)
     graph = parse_model(graph).SerializeToString()
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    return lambda query: session.run(None, {"queries": query[None].astype(np.float32)})[0][0]
+    return lambda query: session.run(None, {"queries": query[None]})[0][0]
 
 
 def groups(features, least):

@@ -204,14 +204,15 @@ class PhotoIndex:
         rows = np.arange(len(self.photos)) if rows is None else rows
         if not (len(rows) and any(sign > 0 for sign, _ in asked)):
             return []
-        signs, queries = map(np.array, zip(*asked, strict=True))  # (Q,), (Q, d)
+        signs, queries = map(np.float32, zip(*asked, strict=True))  # (Q,), (Q, d)
         # Cosines with a photo spread wider than those with a text: divided by it, all count alike.
         spread = self.cosines(rows[:: len(rows) // 1000 + 1], queries.T).std(axis=0) + 1e-6
         query = signs / spread @ queries  # (Q,) @ (Q, d) -> (d,)
         query /= np.linalg.norm(query) + 1e-9
         if len(rows) > (count := top + CANDIDATES):
             self.coarse = self.coarse or nearest.coarse(self.features)
-            rows = rows[np.sort(np.argpartition(-self.coarse(query)[rows], count)[:count])]
+            near = self.coarse(query)[rows]
+            rows = rows[near >= np.partition(near, -count)[-count]]
         cosines = self.cosines(rows, query)
         best = np.argsort(-cosines, kind="stable")[:top]
         return [(self.folder / self.photos[rows[row]], float(cosines[row])) for row in best]
