@@ -28,7 +28,7 @@ SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", "
 SUFFIXES |= {".jxl", ".jp2", *EXTRA}
 CHUNK = 32  # photos decoded while as many are embedded
 SAVE_EVERY = 256  # photos, or a tenth of the index if that is more: writing stays cheap
-CANDIDATES = 1000  # photos beside those asked for, which 8 bits may rank too low
+CANDIDATES = 500  # photos beside those asked for, which 8 bits may rank too low
 
 
 def say(sentence):
@@ -205,10 +205,12 @@ class PhotoIndex:
         if not (len(rows) and any(sign > 0 for sign, _ in asked)):
             return []
         signs, queries = map(np.float32, zip(*asked, strict=True))  # (Q,), (Q, d)
-        # Cosines with a photo spread wider than those with a text: divided by it, all count alike.
-        spread = self.cosines(rows[:: len(rows) // 1000 + 1], queries.T).std(axis=0) + 1e-6
-        query = signs / spread @ queries  # (Q,) @ (Q, d) -> (d,)
-        query /= np.linalg.norm(query) + 1e-9
+        query = queries[0]
+        if len(queries) > 1:
+            # Cosines with photos spread wider than with texts: divided by it, all count alike.
+            spread = self.cosines(rows[:: len(rows) // 1000 + 1], queries.T).std(axis=0) + 1e-6
+            query = signs / spread @ queries  # (Q,) @ (Q, d) -> (d,)
+            query /= np.linalg.norm(query) + 1e-9
         if len(rows) > (count := top + CANDIDATES):
             self.coarse = self.coarse or nearest.coarse(self.features)
             near = self.coarse(query)[rows]
