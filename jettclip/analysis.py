@@ -60,12 +60,10 @@ def swapped_details(table, seed=0):
 
 
 def _kept(items, share, rng):
-    """A random share of items, at least one, in their order."""
+    """A random share of items in their order."""
     return [items[i] for i in np.sort(rng.permutation(len(items))[: math.ceil(share * len(items))])]
 
 
-# How DeBias-CLIP (arXiv 2602.22419) and others test what of a caption is read. The first sentence
-# is its summary, the others are details.
 PERTURBATIONS = {  # name: (sentences, rng) -> sentences
     "as written": lambda s, rng: s,
     "first removed": lambda s, rng: s[1:],
@@ -87,29 +85,24 @@ def perturb(caption, perturbation, rng):
 
 def perturbed_captions(captions, seed=0):
     """Captions (N,) -> table (N rows) with a column for each of PERTURBATIONS."""
-
-    def column(name):
-        rngs = (np.random.default_rng([seed, i]) for i in range(len(captions)))
-        return [perturb(text, name, rng) for text, rng in zip(captions, rngs, strict=True)]
-
-    return pd.DataFrame({name: column(name) for name in PERTURBATIONS})
+    rows = [
+        [perturb(text, name, np.random.default_rng([seed, i])) for name in PERTURBATIONS]
+        for i, text in enumerate(captions)
+    ]
+    return pd.DataFrame(rows, columns=[*PERTURBATIONS])
 
 
 def perturbed_recall(image, texts):
-    """Is a caption's image found first, however the caption is perturbed?
+    """Text-to-image recall at 1 of image (N, d) by texts {perturbation: (N, d)}, normalised.
 
-    image (N, d); texts {perturbation: (N, d)}, "as written" among them; normalised -> table with
-    two rows for each: metric ("t2i_r1", or "change": minus that as written), value, low, high, n, p
-    (of a change: McNemar's exact); and the hits {perturbation: (N,)}, 0 or 1.
+    -> table: perturbation, metric ("t2i_r1", or "change": paired, minus that "as written"), value,
+    low, high, n, p (of a change); and the hits {perturbation: (N,)}, 0 or 1.
     """
     hits = {name: (ranks(image, text)[0] < 1).long().numpy() for name, text in texts.items()}
-    rows = []
-    for name, found in hits.items():
-        rows.append({"perturbation": name, "metric": "t2i_r1", **interval(found)})
-        if name != "as written":
-            change = difference_interval(found, hits["as written"])
-            rows.append({"perturbation": name, "metric": "change", **change})
-    return pd.DataFrame(rows), hits
+    rows = [(name, "t2i_r1", interval(found)) for name, found in hits.items()]
+    changed = [name for name in hits if name != "as written"]
+    rows += [(k, "change", difference_interval(hits[k], hits["as written"])) for k in changed]
+    return pd.DataFrame({"perturbation": k, "metric": m, **x} for k, m, x in rows), hits
 
 
 def linear_cka(x, y, keep=None):

@@ -41,6 +41,8 @@ def load_pairs(source, root=None, split="train", n=None, seed=0, image_size=64, 
     for word, words, what in ((source, sources, "data source"), (split, published.SPLITS, "split")):
         if word not in words:
             raise ValueError(nearest(word, words, what))
+    if source in rulers.SOURCES and split != "test":
+        raise ValueError(f"{source} has no split {split!r}: it is a test set")
     if draws > 1 and source not in ("flickr8k", "coco", "karpathy"):
         raise ValueError(f"{source} has one caption of each image: set caption_draws to 1")
     if source == "scenes":

@@ -118,11 +118,6 @@ def kl(log_probs, target):
     return F.kl_div(log_probs, target, reduction="batchmean", log_target=True)
 
 
-def symmetric_kl(a, b):
-    """Mean of `kl` both ways; each time the target is fixed."""
-    return (kl(a, b.detach()) + kl(b, a.detach())) / 2
-
-
 def fd(student, teacher):
     """Feature distillation (equation 6): mean squared error of the features."""
     return F.mse_loss(student.image, teacher.image) + F.mse_loss(student.text, teacher.text)
@@ -175,13 +170,17 @@ def rd(student, teacher, heads):
     texts. Anchors (VRD_ce), without which all similarities become equal: each is nearest to the
     teacher's of its own. Cross (XRD): images to the teacher's texts as texts to its images.
     """
+
+    def towards(target, trained):
+        return kl(trained.log_probs(), target.log_probs().detach())
+
     t_v, t_t, t_x = heads.scales
     image = Features(teacher.image, student.image, t_v)  # rows: the teacher's
     text = Features(teacher.text, student.text, t_t)
     cross = Features(teacher.image, student.text, t_x), Features(teacher.text, student.image, t_x)
-    vrd = both_ways(lambda v, t: kl(v.log_probs(), t.log_probs().detach()), image, text)
-    xrd = both_ways(lambda a, b: symmetric_kl(a.log_probs(), b.log_probs()), *cross)
-    return vrd + both_ways(cross_entropy, image) + both_ways(cross_entropy, text) + xrd
+    vrd = both_ways(towards, text, image)
+    anchors = both_ways(cross_entropy, image) + both_ways(cross_entropy, text)
+    return vrd + anchors + (both_ways(towards, *cross) + both_ways(towards, *cross[::-1])) / 2
 
 
 # Functions of a student's and a teacher's Features: of equal width, but for crd and afd. afd and rd

@@ -90,8 +90,8 @@ def test_perturbed_recall_by_hand():
     assert values.value.to_dict() == {
         ("as written", "t2i_r1"): 1.0,
         ("first removed", "t2i_r1"): 0.0,
-        ("first removed", "change"): -1.0,
         ("shuffled", "t2i_r1"): 0.75,
+        ("first removed", "change"): -1.0,
         ("shuffled", "change"): -0.25,
     }
     assert values.p["first removed", "change"] == 2 / 16 and values.p["shuffled", "change"] == 1

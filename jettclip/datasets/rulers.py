@@ -1,8 +1,7 @@
 """Published test sets of long captions -> one table of pairs, as in `published`.
 
-A source is a function (root, split, seed) -> table; the only split is "test". DOCCI, DCI and IIW
-are laid out as their authors publish them, IIW's images and SV-10k as LoTLIP's EVAL_DATASETS.md
-says, Urban-1k and all of Flickr30k as in Long-CLIP.
+DOCCI, DCI and IIW are laid out as their authors publish them, IIW's images and SV-10k as LoTLIP's,
+Urban-1k and Flickr30k as Long-CLIP's.
 """
 
 import json
@@ -23,48 +22,31 @@ from .published import (
     sentence,
 )
 
-# source: ({annotation files: folder of their images}, item -> (image, caption), or nothing where
-# the item is not in the set)
+# Annotation files -> the folder of their images.
+DOCCI = {"docci_descriptions.jsonlines": "images"}
 DCI = {"densely_captioned_images/annotations/*.json": "densely_captioned_images/photos"}
-IIW = {"IIW-400/data.jsonl": "docci_aar", "DOCCI_Test/data.jsonl": "docci"}
-IIW |= {"DCI_Test/data.jsonl": "dci"}
-LAYOUTS = {
-    "docci": (  # Onoe et al., 2024: 5,000
-        {"docci_descriptions.jsonlines": "images"},
-        lambda x: x["split"] == "test" and (x["image_file"], x["description"]),
-    ),
-    "dci": (  # Urbanek et al., 2024: 7,805
-        DCI,
-        lambda x: (x["image"], f"{sentence(x['short_caption'])} {x['extra_caption']}"),
-    ),
-    "long_dci": (  # TULIP (Najdenkoska et al., 2025): those with a long caption
-        DCI,
-        lambda x: x["extra_caption"] and (x["image"], x["extra_caption"]),
-    ),
-    "iiw": (  # ImageInWords (Garg et al., 2024): 612
-        IIW,
-        lambda x: (f"{x.get('image', x.get('image/key')).removesuffix('.jpg')}.jpg", x["IIW"]),
-    ),
-    "sv10k": (  # of ShareGPT4V's captions of SA-1B, kept by LoTLIP (Wu et al., 2024): 10,000
-        {"share4v_sam_10k.json": ""},
-        lambda x: (x["image"], x["conversations"][1]["value"]),
-    ),
+IIW = {"IIW-400": "docci_aar", "DOCCI_Test": "docci", "DCI_Test": "dci"}
+IIW = {f"{name}/data.jsonl": folder for name, folder in IIW.items()}
+LAYOUTS = {  # source: (files, item -> image and caption, or nothing: it is not in the set)
+    # Onoe et al., 2024: 5,000
+    "docci": (DOCCI, lambda x: x["split"] == "test" and (x["image_file"], x["description"])),
+    # Urbanek et al., 2024: 7,805, and the 7,602 with a long caption (TULIP, 2025)
+    "dci": (DCI, lambda x: (x["image"], f"{sentence(x['short_caption'])} {x['extra_caption']}")),
+    "long_dci": (DCI, lambda x: x["extra_caption"] and (x["image"], x["extra_caption"])),
+    # ImageInWords (Garg et al., 2024): 612
+    "iiw": (IIW, lambda x: (x.get("image", x.get("image/key")), x["IIW"])),
+    # of ShareGPT4V's captions of SA-1B, kept by LoTLIP (Wu et al., 2024): 10,000
+    "sv10k": ({"share4v_sam_10k.json": ""}, lambda x: (x["image"], x["conversations"][1]["value"])),
 }
-
-
-def _test_only(source, split):
-    if split != "test":
-        raise ValueError(f"{source} has no split {split!r}: it is a test set")
 
 
 def _row(place, item, folder, describe):
     """[(place, what `describe` finds in an item of JSON)], or the error; [] if it is no row."""
     try:
-        item = json.loads(item) if isinstance(item, str) else item
-        if not (found := describe(item)):
+        if not (found := describe(json.loads(item) if isinstance(item, str) else item)):
             return []
-        image, caption = found
-        item = {"key": image, "image": _inside(folder, image), "caption": caption}
+        image = found[0].removesuffix(".jpg") + ".jpg"
+        item = {"key": image, "image": _inside(folder, image), "captions": found[1:]}
     except Exception as error:
         item = error
     return [(place, item)]
@@ -72,7 +54,6 @@ def _row(place, item, folder, describe):
 
 def _layout(source, root, split, seed):
     """The table of a source in LAYOUTS, from files of JSON (a list, an object) or lines of it."""
-    _test_only(source, split)
     (folders, describe), rows = LAYOUTS[source], []
     for pattern, images in folders.items():
         _find(root, pattern, holds=f"{source}: {pattern} and its images, in {images or 'folders'}")
@@ -81,12 +62,12 @@ def _layout(source, root, split, seed):
                 items = _lines(file)
                 if file.suffix == ".json":
                     data = json.loads(_text(file))
-                    items = _items(data, file) if isinstance(data, list) else [(str(file), data)]
+                    items = _items(data if isinstance(data, list) else [data], file)
                 for place, item in items:
                     rows += _row(place, item, str(root / images), describe)
 
     def read(item):
-        return item["image"], [" ".join(_valid(item["caption"]).split())]
+        return item["image"], [" ".join(_valid(text).split()) for text in item["captions"]]
 
     with _published(root):
         return _table(rows, split, "key", read)
@@ -94,23 +75,19 @@ def _layout(source, root, split, seed):
 
 def flickr30k(root, split, seed):
     """All of Flickr30k (Young et al., 2014): 31,783 images in flickr30k-images/, five captions."""
-    _test_only("flickr30k", split)
     name, captions = "results_20130124.token", defaultdict(list)
     file = _find(root, name, holds=f"Flickr30k: {name} and flickr30k-images/")
     with _published(file):
         for _, line in _lines(file):
             image, caption = line.split("\t")
             captions[image.partition("#")[0]].append(caption.strip())
-
-        def read(item):
-            return _inside(root, "flickr30k-images", item[0]), item[1]
-
-        return _table(_items(captions.items(), file, "image"), split, 0, read, seed)
+        items = _items(captions.items(), file, "image")
+        read = lambda item: (_inside(root, "flickr30k-images", item[0]), item[1])  # noqa: E731
+        return _table(items, split, 0, read, seed)
 
 
 def urban1k(root, split, seed):
     """Urban-1k (Long-CLIP): image/*.jpg, caption/*.txt of the same stem, first line."""
-    _test_only("urban1k", split)
     _find(root, "caption/*.txt", holds="Urban-1k: image/ and caption/")
     texts = {path.stem: path for path in _files(root, "caption/*.txt")}
     images = {path.stem: str(path.resolve()) for path in _files(root, "image/*")}
