@@ -188,6 +188,8 @@ def test_an_unfinished_student_is_named_and_left_out(smoke):
     failures, geometry = read(smoke, "failures.csv"), read(smoke, "geometry.csv")
     assert (failures["rank"] > 1).all() and len(failures)
     assert geometry.value.between(-1, 1).all()
+    perturbed = read(smoke, "perturbed.csv", metric="t2i_r1", perturbation="first removed")
+    assert list(perturbed.model) == ["CLIP at 77 tokens", "teacher", *STUDENTS]
 
 
 @pytest.mark.parametrize("recall, rows", [(0.5, len(STUDENTS)), (1 / 32, 0)])
