@@ -22,12 +22,11 @@ from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
-import regex
 from PIL import Image
 
 from .deploy import runtime
 from .inputs import read_photo
-from .utils import write_then_rename
+from .utils import shown, write_then_rename
 
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 SUFFIXES |= {".heic", ".heif", ".jxl", ".jp2", ".dng", ".nef", ".cr2", ".cr3", ".arw", ".raf"}
@@ -58,8 +57,9 @@ class PhotoIndex:
         """The file's rows; reports why it has none."""
         if not self.file.is_file():
             return {}
+        opened = self.file.open("rb")  # what cannot be opened now may be whole
         try:
-            with np.load(self.file) as saved:
+            with opened, np.load(opened) as saved:
                 facts = json.loads(saved["facts"].tobytes())
                 if facts["model"] != self.model.identity:
                     raise ValueError("it is of another model")
@@ -68,8 +68,6 @@ class PhotoIndex:
             features = features.reshape(-1, self.model.config["embed_dim"])
             rows = zip(stamps, features, strict=True)
             return dict(zip(map(str, facts["paths"]), rows, strict=True))
-        except OSError:  # what cannot be opened now may be whole
-            raise
         except Exception as error:  # half a file fails in many ways
             self.report(f"{shown(self.file)} is not used ({shown(error)}): indexing photos again")
             return {}
@@ -184,11 +182,6 @@ class PhotoIndex:
         scores = self.features @ self.model.encode_text([text])[0]  # (N,)
         best = np.argsort(-scores, kind="stable")[:top]
         return [(self.folder / self.photos[row], float(scores[row])) for row in best]
-
-
-def shown(value):
-    """`value` as text that is safe to print: control characters and broken bytes are escaped."""
-    return regex.sub(r"[\p{C}\p{Zl}\p{Zp}]", lambda match: ascii(match[0])[1:-1], str(value))
 
 
 def check_writable(file, option):
