@@ -4,6 +4,7 @@ import hashlib
 import html
 import io
 import os
+import warnings
 from contextlib import contextmanager, suppress
 from functools import partial
 
@@ -15,6 +16,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 # A larger image is taken for a decompression bomb, and so is one with a side so many times the
 # other: scaled to a model's size it would have billions of pixels.
 MOST_PIXELS, LARGEST_JPEG, MOST_SIDES = 100_000_000, 250_000_000, 200
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # from 89 megapixels
 # Pillow knows more formats, and starts other programs for some.
 FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF", "JPEG2000"}
 RAW = {".dng", ".nef", ".cr2", ".cr3", ".arw", ".raf", ".orf", ".rw2", ".pef"}  # by rawpy
@@ -39,7 +41,7 @@ def read_photo(source, at_least=None):
     is several times faster and reads larger files. Raises Unreadable.
     """
     with _opened(source) as file:
-        photo = _rgb(_checked(file) if file is source else _decoded(file, at_least))
+        photo = _rgb(_loaded(file) if file is source else _decoded(file, at_least))
     photo = photo.copy() if photo is source else photo
     photo.info = {}  # else a second reading turns it again
     return photo
@@ -98,15 +100,15 @@ def _decoded(file, at_least):
         raise ValueError(f"{image.format} files are not read: save it as PNG or JPEG")
     if jpeg and at_least and image.width * image.height <= LARGEST_JPEG:
         image.draft("RGB", (at_least, at_least))
-    _checked(image).load()
-    return image
+    return _loaded(image)
 
 
-def _checked(image):
+def _loaded(image):
     if image.width * image.height > MOST_PIXELS:
         raise ValueError(f"size {image.width} x {image.height} exceeds {MOST_PIXELS:,} pixels")
     if max(image.size) >= MOST_SIDES * min(image.size):
         raise ValueError(f"size {image.width} x {image.height}: use sides of a ratio below 200")
+    image.load()  # before its EXIF data are read: Pillow turns a TIFF, and says so in them
     return image
 
 

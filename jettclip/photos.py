@@ -20,8 +20,7 @@ from PIL import Image
 
 from . import nearest
 from .inputs import RAW, read_photo
-from .utils import write_then_rename
-from .web import shown
+from .utils import shown, write_then_rename
 
 EXTRA = {".heic", ".heif", *RAW}  # read where the extra `photos` is installed
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
@@ -56,8 +55,9 @@ class PhotoIndex:
         """The file's rows; reports why it has none."""
         if not self.file.is_file():
             return {}
+        opened = self.file.open("rb")  # what cannot be opened now may be whole
         try:
-            with np.load(self.file) as saved:
+            with opened, np.load(opened) as saved:
                 facts = json.loads(saved["facts"].tobytes())
                 if facts["model"] != self.model.identity:
                     raise ValueError("it is of another model")
@@ -65,8 +65,6 @@ class PhotoIndex:
             features = features.reshape(-1, self.model.config["embed_dim"])
             rows = zip(facts["photos"], features, strict=True)
             return {str(p): ((size, time), str(day), row) for (p, size, time, day), row in rows}
-        except OSError:  # what cannot be opened now may be whole
-            raise
         except Exception as error:  # half a file fails in many ways
             self.report(f"{shown(self.file)} is not used ({shown(error)}): indexing photos again")
             return {}

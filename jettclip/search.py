@@ -20,8 +20,8 @@ import regex
 from . import web
 from .deploy import runtime
 from .photos import PhotoIndex, check_writable, say
-from .utils import write_then_rename
-from .web import page, shown
+from .utils import shown, write_then_rename
+from .web import page
 
 
 def cached(*key):

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import regex
 from tqdm import tqdm
 
 
@@ -48,6 +49,11 @@ def nearest(word, words, what):
     close = difflib.get_close_matches(str(word).casefold(), words, n=1, cutoff=0.3)
     hint = f" did you mean {words[close[0]]!r}?" if close else ""
     return f"{what} {word!r} is unknown:{hint} Known: {', '.join(words.values())}"
+
+
+def shown(value):
+    """`value` as text that is safe to print: control characters and broken bytes are escaped."""
+    return regex.sub(r"[\p{C}\p{Zl}\p{Zp}]", lambda match: ascii(match[0])[1:-1], str(value))
 
 
 def save_csv(table, path):

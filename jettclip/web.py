@@ -1,4 +1,4 @@
-"""What search shows: names that are safe to print, thumbnails, and the page that --web serves."""
+"""What search shows: thumbnails, and the page that --web serves."""
 
 import base64
 import html
@@ -11,19 +11,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
-import regex
 from PIL import Image
 
 from .inputs import read_photo
+from .utils import shown
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Photos found</title><style>
 body { font: 1em sans-serif } figure { display: inline-block; width: 14em; vertical-align: top }
 img { width: 100% } figcaption { overflow-wrap: anywhere }</style><h1>Photos found</h1>"""
-
-
-def shown(value):
-    """`value` as text that is safe to print: control characters and broken bytes are escaped."""
-    return regex.sub(r"[\p{C}\p{Zl}\p{Zp}]", lambda match: ascii(match[0])[1:-1], str(value))
 
 
 def thumbnail(path, size=320):

@@ -3,6 +3,8 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from unittest.mock import Mock
 
@@ -77,6 +79,20 @@ def test_a_photo_is_turned_once_and_the_callers_image_stays(tmp_path):
     assert image.size == (640, 480) and image.getexif()[0x0112] == 6
 
 
+@pytest.mark.parametrize("kind", sorted(inputs.FORMATS - {"HEIF"}))
+def test_a_path_and_a_pil_image_give_the_same_pixels(kind, tmp_path):
+    for turn in range(1, 9):
+        exif, path = Image.Exif(), tmp_path / str(turn)
+        exif[0x0112] = turn
+        Image.fromarray(np.arange(72, dtype=np.uint8).reshape(4, 6, 3)).save(path, kind, exif=exif)
+        expected = read_photo(path)
+        turned = turn > 4 and kind in ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "AVIF")
+        assert expected.size == ((4, 6) if turned else (6, 4))
+        image = Image.open(path)
+        for _ in range(2):  # not loaded, loaded
+            assert np.array_equal(read_photo(image), expected)
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("exif", [b"", b"garbage, no TIFF header", b"II*\0\xff\xff\xff\xff"])
 def test_malformed_exif_beside_good_pixels_is_ignored(exif):
@@ -104,6 +120,9 @@ def test_what_has_no_pixels_gives_the_reason(reason, tmp_path):
     for source in NOTHING[reason]:
         with pytest.raises(Unreadable, match=reason):
             read_photo(source)
+        if reason == "truncated":
+            with pytest.raises(Unreadable, match=reason):
+                read_photo(Image.open(io.BytesIO(source)))
         if isinstance(source, bytes) and source:
             (tmp_path / "a.jpg").write_bytes(source)
             with pytest.raises(Unreadable, match=f"^{tmp_path / 'a.jpg'}: .*{reason}"):
@@ -136,6 +155,12 @@ def test_a_jpeg_of_200_megapixels_is_read_at_a_smaller_scale():
     assert read_photo(file, at_least=200).size == (2500, 1250)
     with pytest.raises(Unreadable, match="size 20000 x 10000 exceeds 100,000,000 pixels"):
         read_photo(file)
+
+
+def test_pillow_does_not_warn_below_our_own_limit():
+    read = f"from jettclip.inputs import read_photo; read_photo({png(9500, 9500, 1, 0)!r})"
+    result = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True)
+    assert "Unreadable: cannot load" in result.stderr and "DecompressionBomb" not in result.stderr
 
 
 def test_digest():

@@ -112,21 +112,25 @@ def execute(root, name, **values):
     plt.close("all")
 
 
-def test_00_counts_the_rows_that_it_leaves_out_and_names_them(tmp_path):
-    names = ["train"] * 5 + ["val", "test"]
-    rows = [{"file_name": f"{name}.png", "text": "a dog", "split": name} for name in names]
+def test_00_counts_the_rows_that_it_leaves_out_and_names_them(tmp_path, capsys):
+    names = ["train"] * 5 + ["val", "test"]  # of files with a control character
+    rows = [{"file_name": f"{x}\x1b.png", "text": "a\x1b dog", "split": x} for x in names]
     rows += [{**rows[0], "text": None}, {**rows[0], "short": "\ud800"}]  # one name, two rows
     for folder in ("data", "notebooks"):
         (tmp_path / folder).mkdir()
     (tmp_path / "data/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{")
-    for name in names:
-        Image.new("RGB", (8, 8)).save(tmp_path / f"data/{name}.png")
+    for row in rows:
+        Image.new("RGB", (8, 8)).save(tmp_path / "data" / row["file_name"])
     values = {"source": "folder", "data_root": "../data", "train_pairs": 0, "profile": "folder"}
-    with pytest.raises(ValueError, match="3 of 10 rows are unusable, more than most_left_out=25%"):
+    problem = "3 of 10 rows are unusable, more than most_left_out=25%. The first is "
+    with pytest.raises(ValueError, match=re.escape(rf"{problem}train\x1b.png: ")):
         execute(tmp_path, "00_data", **values, most_left_out=0.25)
     skipped = pd.read_csv(tmp_path / "runs/folder/data/skipped.csv")
-    assert skipped.key.tolist()[:2] == ["train.png"] * 2 and len(skipped) == 3
+    assert skipped.key.tolist()[:2] == ["train\x1b.png"] * 2 and len(skipped) == 3
     assert skipped.problem.str.contains(f"of {tmp_path}/data/metadata.jsonl").all()
+    execute(tmp_path, "00_data", **values, most_left_out=0.5)
+    printed = capsys.readouterr().out
+    assert r"long:  a\x1b dog" in printed and "\x1b" not in printed
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,11 @@ def test_the_nearest_name_ignores_case(word, found):
     assert utils.nearest(7, [], "name") == "name 7 is unknown: Known: "
 
 
+def test_what_is_printed_cannot_control_the_terminal():
+    text = "a\x1b[31m\r\n\u2028\u202e\udcff é\u00a0犬"
+    assert utils.shown(text) == "a\\x1b[31m\\r\\n\\u2028\\u202e\\udcff é\u00a0犬"
+
+
 def test_progress_reports_once_a_minute(monkeypatch):
     """Items of 25 seconds each, after 10 that were done before."""
     now, lines = 0, []
