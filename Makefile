@@ -5,7 +5,10 @@ THREADS    ?=   # cores of each student's training; 1 trains as many at once as 
 KEEP_GOING ?=   # 1: if a student fails, train the others and report on them
 BENCH      ?= latency training data
 CAPTIONS   ?=   # for the benchmarks, a Parquet file with a column `text`; without it, captions of scenes
-PYTHON     ?= $(shell command -v python3.11 || command -v python3)
+# The newest that works, and has the module venv. 3.14 later: there Snakemake's `immutables` needs a C compiler as yet.
+PYTHON     ?= $(shell for python in python3.13 python3.12 python3.11 python3.14 python3; do $$python -c '$(WORKS)' \
+	2>/dev/null && echo $$python && break; done)
+WORKS       = import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 BIN         = .venv/bin
 PIP         = $(BIN)/python -m pip install -qq --disable-pip-version-check
 
@@ -32,8 +35,8 @@ setup: .venv/.done
 
 # The filter of .gitattributes strips notebooks' outputs; without .venv it leaves them as they are.
 .venv/.done: requirements.txt pyproject.toml
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "Python 3.11 or newer is needed: make setup PYTHON=/path/to/python3.11"; exit 1; }
+	@"$(PYTHON)" -c '$(WORKS)' 2>/dev/null || { echo "Python 3.11 to 3.14 with its module venv (Debian: python3-venv)" \
+		"is needed: make setup PYTHON=/path/to/python3.13"; exit 1; }
 	@echo "Installing the packages of requirements.txt into .venv: about two minutes"
 	@"$(PYTHON)" -m venv .venv
 	@$(PIP) -r requirements.txt
