@@ -19,7 +19,7 @@ report sweep lab: export GOMP_SPINCOUNT ?= 1000
 .PHONY: help setup test test-cluster check report sweep unlock lab bench clean
 
 help:
-	@echo "make report [PROFILE=scenes]  run the notebooks, build report/build/report.pdf [THREADS=1] [KEEP_GOING=1]"
+	@echo "make report [PROFILE=scenes]  run the notebooks, build report/build/index.html [THREADS=1] [KEEP_GOING=1]"
 	@echo "make sweep [PROFILE=scenes]   the same on a Slurm cluster, as workflow/profiles/slurm/config.yaml says"
 	@echo "make test                     run the tests"
 	@echo "make test-cluster             run smoke through a Slurm that it installs (root in a Debian container)"
@@ -82,7 +82,8 @@ unlock: setup
 
 # A relative folder of data is that from here, not from notebooks/.
 lab: setup
-	cd notebooks && $(if $(filter-out /% ~%,$(firstword $(JETTCLIP_DATA))),JETTCLIP_DATA="$(CURDIR)/$$JETTCLIP_DATA") ../$(BIN)/jupyter lab
+	$(if $(filter-out /% ~%,$(firstword $(JETTCLIP_DATA))),JETTCLIP_DATA="$(CURDIR)/$$JETTCLIP_DATA") \
+		$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/README.ipynb
 
 bench: setup
 	@mkdir -p runs/benchmarks
