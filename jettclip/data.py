@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as transform
 
 from .datasets import collage, published, rulers, scenes
 from .inputs import Unreadable, digest, read_checked, read_photo
-from .models import PLAIN
+from .models import CLIP, PLAIN
 from .text import tokenizer
 from .utils import nearest
 
@@ -155,12 +155,22 @@ class PairDataset(Dataset):
     """
 
     def __init__(
-        self, table, image_size, context_length=248, crops=None, draws=False, preprocess=PLAIN
+        self,
+        table,
+        image_size,
+        context_length=248,
+        crops=None,
+        draws=False,
+        preprocess=PLAIN,
+        tokenize=None,
     ):
         self.image_size, self.context_length = image_size, context_length
+        self.tokenize = tokenize  # None: CLIP's own, which a worker makes for itself
         self.preprocess, self.keys = preprocess, list(table.key)
         self.crops = draw_crops(len(table), 1, seed=0) if crops is None else crops
-        self.draws = len(table.longs.iloc[0]) if draws and len(table) else 1
+        self.draws = 1
+        if draws and len(table):
+            self.draws = min(len(table.longs.iloc[0]), self.crops.shape[1])
         self.captions = ["longs", "shorts"] if draws else ["long", "short"]
         columns = ["image", *self.captions, *table.columns.intersection(["digest"])]
         self.table = pa.Table.from_pandas(table[columns], preserve_index=False).combine_chunks()
@@ -187,7 +197,7 @@ class PairDataset(Dataset):
         captions = (self.table[name].take(rows).to_pylist() for name in self.captions)
         if self.captions == ["longs", "shorts"]:
             captions = ([texts[i] for texts, i in zip(x, draws, strict=True)] for x in captions)
-        return tuple(map(tokenizer(self.context_length), captions))
+        return tuple(map(self.tokenize or tokenizer(self.context_length), captions))
 
     long = property(lambda self: self.tokens(range(len(self)))[0])  # (N, L), in their first order
     short = property(lambda self: self.tokens(range(len(self)))[1])
@@ -251,8 +261,9 @@ class Batches(Dataset):
 
 def dataset_for(model, table, crops=None, draws=False):
     """A PairDataset of `table` with the pixels and tokens that `model` reads."""
-    preprocess = model.config["preprocess"]
-    return PairDataset(table, model.image_size, model.context_length, crops, draws, preprocess)
+    tokenize = None if isinstance(model, CLIP) else model.tokenizer
+    sizes = model.image_size, model.context_length
+    return PairDataset(table, *sizes, crops, draws, model.config["preprocess"], tokenize)
 
 
 def epoch_batches(n, batch_size, seed, epoch, crops=1):

@@ -125,7 +125,7 @@ def absolute(value, folder, found):
     if isinstance(value, list):
         return [*value[:-1], absolute(value[-1], folder, found)]
     prefix = "openai:" * value.startswith("openai:")
-    if not (path := value.removeprefix(prefix)):
+    if (path := value.removeprefix(prefix)) in ("", "pip"):  # none, or parts that pip installed
         return value
     found.append(os.path.abspath(os.path.join(folder, os.path.expanduser(path))))
     return prefix + found[-1]

@@ -165,9 +165,10 @@ def _table(items, split, name, read, seed=None):
 
 
 def flickr8k(root, split, seed):
-    """Flickr8k (Hodosh et al., 2013) with the smallest images there are."""
+    """Flickr8k (Hodosh et al., 2013) with images of 224 pixels, or the smallest there are."""
     holds = "Flickr8k as Parquet files with the columns image (JPEG bytes), filename, captions"
-    file = _find(root, f"flickr8k_*px_{split}.parquet", holds=holds)
+    names = (f"flickr8k_{size}px_{split}.parquet" for size in (224, "*"))
+    file = _find(root, *names, holds=holds)
     with _published(file):
         items = _items(pd.read_parquet(file).to_dict("records"), file, "row")
         return _table(items, split, "filename", itemgetter("image", "captions"), seed)
