@@ -9,6 +9,7 @@ not in it: they belong to the student's batch.
 """
 
 import hashlib
+import json
 import os
 from functools import partial
 from pathlib import Path

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transformer import QuickGELU, VisionTransformer
-from timm.layers import BatchNormAct2d, ConvNormAct, LayerNorm
+from timm.layers import BatchNormAct2d, LayerNorm
 from timm.models import fastvit_mci0, register_model, vit_base_mci_224
 from timm.models.fastvit import LayerScale2d
 from timm.utils import reparameterize_model
@@ -330,7 +330,7 @@ def reparameterize(model):
     if model.folded:  # timm cannot fold twice
         return model
     model.folded = True
-    if isinstance(model.visual, TimmImage):
+    if hasattr(model.visual, "trunk"):  # a model of timm
         model.visual.trunk = _fold_image(model.visual.trunk).to(memory_format=torch.channels_last)
     if isinstance(model.text, HybridText):
         model.text.first.fold()
@@ -349,7 +349,10 @@ def _fold_image(trunk):
                 layer.weight.mul_(scale.gamma.view(-1, *[1] * (layer.weight.ndim - 1)))
                 layer.bias.mul_(scale.gamma.flatten())
                 setattr(module, name, nn.Identity())
-        if isinstance(module, ConvNormAct) and isinstance(module.bn, BatchNormAct2d):
-            module.conv = fuse_conv_bn_eval(module.conv, module.bn)
-            module.bn = nn.Sequential(module.bn.drop, module.bn.act)
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Conv2d):
+                conv = name
+            elif isinstance(child, BatchNormAct2d):  # of the convolution before it
+                setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), child))
+                setattr(module, name, nn.Sequential(child.drop, child.act))
     return trunk

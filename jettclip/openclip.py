@@ -214,7 +214,7 @@ class Towers:
         return self
 
     def encode_image(self, image, normalize=False):
-        return self.model.image_tower(image)
+        return self.model.image_tower(image.contiguous(memory_format=torch.channels_last))
 
     def encode_text(self, tokens, normalize=False):
         return self.model.text_tower(tokens)
