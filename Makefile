@@ -5,7 +5,10 @@ THREADS    ?=   # cores of each student's training; 1 trains as many at once as 
 KEEP_GOING ?=   # 1: if a student fails, train the others and report on them
 BENCH      ?= latency training data
 CAPTIONS   ?=   # for the benchmarks, a Parquet file with a column `text`; without it, captions of scenes
-PYTHON     ?= $(shell command -v python3.11 || command -v python3)
+# The newest that works, and has the module venv. 3.14 later: there Snakemake's `immutables` needs a C compiler as yet.
+PYTHON     ?= $(shell for python in python3.13 python3.12 python3.11 python3.14 python3; do $$python -c '$(WORKS)' \
+	2>/dev/null && echo $$python && break; done)
+WORKS       = import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 BIN         = .venv/bin
 PIP         = $(BIN)/python -m pip install -qq --disable-pip-version-check
 
@@ -16,7 +19,7 @@ report sweep lab: export GOMP_SPINCOUNT ?= 1000
 .PHONY: help setup test test-cluster check report sweep unlock lab bench clean
 
 help:
-	@echo "make report [PROFILE=scenes]  run the notebooks, build report/build/report.pdf [THREADS=1] [KEEP_GOING=1]"
+	@echo "make report [PROFILE=scenes]  run the notebooks, build report/build/index.html [THREADS=1] [KEEP_GOING=1]"
 	@echo "make sweep [PROFILE=scenes]   the same on a Slurm cluster, as workflow/profiles/slurm/config.yaml says"
 	@echo "make test                     run the tests"
 	@echo "make test-cluster             run smoke through a Slurm that it installs (root in a Debian container)"
@@ -32,8 +35,8 @@ setup: .venv/.done
 
 # The filter of .gitattributes strips notebooks' outputs; without .venv it leaves them as they are.
 .venv/.done: requirements.txt pyproject.toml
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "Python 3.11 or newer is needed: make setup PYTHON=/path/to/python3.11"; exit 1; }
+	@"$(PYTHON)" -c '$(WORKS)' 2>/dev/null || { echo "Python 3.11 to 3.14 with its module venv (Debian: python3-venv)" \
+		"is needed: make setup PYTHON=/path/to/python3.13"; exit 1; }
 	@echo "Installing the packages of requirements.txt into .venv: about two minutes"
 	@"$(PYTHON)" -m venv .venv
 	@$(PIP) -r requirements.txt
@@ -81,7 +84,8 @@ unlock: setup
 
 # A relative folder of data is that from here, not from notebooks/.
 lab: setup
-	cd notebooks && $(if $(filter-out /% ~%,$(firstword $(JETTCLIP_DATA))),JETTCLIP_DATA="$(CURDIR)/$$JETTCLIP_DATA") ../$(BIN)/jupyter lab
+	$(if $(filter-out /% ~%,$(firstword $(JETTCLIP_DATA))),JETTCLIP_DATA="$(CURDIR)/$$JETTCLIP_DATA") \
+		$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/README.ipynb
 
 bench: setup
 	@mkdir -p runs/benchmarks

@@ -1,5 +1,7 @@
-"""Why a model is good or bad: swapped words, its teacher's geometry, its training."""
+"""Why a model is good or bad: swapped words and perturbed captions, its teacher's geometry, its
+training."""
 
+import math
 import re
 from itertools import zip_longest
 
@@ -8,6 +10,7 @@ import pandas as pd
 import scipy  # loads scipy.stats, which takes half a second, when it is used
 import torch
 
+from .evaluate import difference_interval, interval, ranks
 from .text import tokenizer
 
 COLOURS = "red blue green yellow black white brown pink purple grey gray"
@@ -54,6 +57,52 @@ def swapped_details(table, seed=0):
             rows.append((image, long, *swap, key))
     columns = ["image", "long", "other_long", "attribute", "position", "key"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _kept(items, share, rng):
+    """A random share of items in their order."""
+    return [items[i] for i in np.sort(rng.permutation(len(items))[: math.ceil(share * len(items))])]
+
+
+PERTURBATIONS = {  # name: (sentences, rng) -> sentences
+    "as written": lambda s, rng: s,
+    "first removed": lambda s, rng: s[1:],
+    "first last": lambda s, rng: s[1:] + s[:1],
+    "detail last": lambda s, rng: s[:1] + s[2:] + s[1:2],
+    "shuffled": lambda s, rng: [s[i] for i in rng.permutation(len(s))],
+    "half kept": lambda s, rng: _kept(s, 0.5, rng),
+    "words dropped": lambda s, rng: [" ".join(_kept(". ".join(s).split(), 0.7, rng))],
+}
+
+
+def perturb(caption, perturbation, rng):
+    """A caption "A. B. C." under one of PERTURBATIONS; one of a single sentence stays as it is."""
+    sentences = caption.strip().rstrip(".").split(". ")
+    if perturbation == "as written" or len(sentences) < 2:
+        return caption
+    return ". ".join(PERTURBATIONS[perturbation](sentences, rng)).rstrip(".") + "."
+
+
+def perturbed_captions(captions, seed=0):
+    """Captions (N,) -> table (N rows) with a column for each of PERTURBATIONS."""
+    rows = [
+        [perturb(text, name, np.random.default_rng([seed, i])) for name in PERTURBATIONS]
+        for i, text in enumerate(captions)
+    ]
+    return pd.DataFrame(rows, columns=[*PERTURBATIONS])
+
+
+def perturbed_recall(image, texts):
+    """Text-to-image recall at 1 of image (N, d) by texts {perturbation: (N, d)}, normalised.
+
+    -> table: perturbation, metric ("t2i_r1", or "change": paired, minus that "as written"), value,
+    low, high, n, p (of a change); and the hits {perturbation: (N,)}, 0 or 1.
+    """
+    hits = {name: (ranks(image, text)[0] < 1).long().numpy() for name, text in texts.items()}
+    rows = [(name, "t2i_r1", interval(found)) for name, found in hits.items()]
+    changed = [name for name in hits if name != "as written"]
+    rows += [(k, "change", difference_interval(hits[k], hits["as written"])) for k in changed]
+    return pd.DataFrame({"perturbation": k, "metric": m, **x} for k, m, x in rows), hits
 
 
 def linear_cka(x, y, keep=None):

@@ -16,12 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transform
 
-from .datasets import collage, published, scenes
+from .datasets import collage, published, rulers, scenes
 from .inputs import Unreadable, digest, read_checked, read_photo
 from .models import PLAIN
 from .text import tokenizer
 from .utils import nearest
 
+SOURCES = published.SOURCES | rulers.SOURCES  # read from a folder
 COLUMNS = ["image", "long", "short", "split", "key"]  # image: encoded bytes or a path
 IN_MEMORY = 2 << 30  # bytes of decoded images that a PairDataset keeps
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -31,14 +32,17 @@ def load_pairs(source, root=None, split="train", n=None, seed=0, image_size=64, 
     """Pairs of a `split` ("train", "val" or "test") of `source`, at most `n`: a table with COLUMNS.
 
     `scenes` are drawn and `collage` is put together from Flickr8k, both at `image_size`. The others
-    are read from the folder `root` (or JETTCLIP_DATA), laid out as `datasets.published` says. Where
-    an image has several captions, `draws` > 1 adds longs and shorts: lists of so many orders. A row
-    that cannot be read has a `problem`, a column that only such tables have: see `clean_pairs`.
+    are read from the folder `root` (or JETTCLIP_DATA), laid out as `datasets.published` and
+    `rulers` say. Where an image has several captions, `draws` > 1 adds longs and shorts: lists of
+    so many orders. A row that cannot be read has a `problem`, a column that only such tables have:
+    see `clean_pairs`.
     """
-    sources = ["scenes", "collage", *published.SOURCES]
+    sources = ["scenes", "collage", *SOURCES]
     for word, words, what in ((source, sources, "data source"), (split, published.SPLITS, "split")):
         if word not in words:
             raise ValueError(nearest(word, words, what))
+    if source in rulers.SOURCES and split != "test":
+        raise ValueError(f"{source} has no split {split!r}: it is a test set")
     if draws > 1 and source not in ("flickr8k", "coco", "karpathy"):
         raise ValueError(f"{source} has one caption of each image: set caption_draws to 1")
     if source == "scenes":
@@ -48,7 +52,7 @@ def load_pairs(source, root=None, split="train", n=None, seed=0, image_size=64, 
         table = collage.make_pairs(photos.image, photos.captions, n, seed, image_size, split)
         bad = report[report.problem.str.contains("left out")].drop_duplicates("key")
         return pd.concat([table, bad.assign(split=split)], ignore_index=True) if len(bad) else table
-    root, read = published.data_folder(root), published.SOURCES[source]
+    root, read = published.data_folder(root), SOURCES[source]
     table = read(root, split, seed)
     if draws > 1:
         orders = [read(root, split, [seed, draw]) for draw in range(draws)]

@@ -19,8 +19,14 @@ MOST_PIXELS, LARGEST_JPEG, MOST_SIDES = 100_000_000, 250_000_000, 200
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # from 89 megapixels
 # Pillow knows more formats, and starts other programs for some.
 FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF", "JPEG2000"}
+RAW = {".dng", ".nef", ".cr2", ".cr3", ".arw", ".raf", ".orf", ".rw2", ".pef"}  # by rawpy
 TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 TURNS = {value: Image.Transpose[name] for value, name in enumerate(TURNS.split(), 2)}  # of EXIF
+
+with suppress(ImportError):
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
 
 
 class Unreadable(ValueError):
@@ -82,6 +88,11 @@ def _opened(source):
 
 
 def _decoded(file, at_least):
+    if os.path.splitext(getattr(file, "name", ""))[1].lower() in RAW:
+        from rawpy import imread
+
+        with imread(file) as raw:  # the JPEG that the camera embeds, with its EXIF data
+            file = io.BytesIO(raw.extract_thumb().data)
     jpeg = file.read(3) == b"\xff\xd8\xff"
     file.seek(0)
     image = JpegImageFile(file) if jpeg else Image.open(file)  # reads the header alone

@@ -163,22 +163,28 @@ def afd(student, teacher, heads):
     return contrastive_loss(image, text, student.scale)
 
 
-def rd(student, teacher):
-    """Relational distillation after CLIP-RD (Chung et al., arXiv 2603.25383): symmetric KL.
+def rd(student, teacher, heads):
+    """Relational distillation of CLIP-RD (arXiv 2603.25383): VRD + VRD_ce + XRD, learned scales.
 
-    Vertical: its images are as near to the teacher's images as its texts to the teacher's texts;
-    cross: its images as near to the teacher's texts as its texts to the teacher's images.
+    Vertical (VRD): its images are as near to the teacher's images as its texts are to the teacher's
+    texts. Anchors (VRD_ce), without which all similarities become equal: each is nearest to the
+    teacher's of its own. Cross (XRD): images to the teacher's texts as texts to its images.
     """
 
-    def agreement(anchors):
-        a = student.across(anchors.flip()).log_probs()  # images to images, or to texts
-        b = student.flip().across(anchors).log_probs()  # texts to texts, or to images
-        return (kl(a, b) + kl(b, a)) / 2
+    def towards(target, trained):
+        return kl(trained.log_probs(), target.log_probs().detach())
 
-    return agreement(teacher) + agreement(teacher.flip())  # vertical + cross
+    t_v, t_t, t_x = heads.scales
+    image = Features(teacher.image, student.image, t_v)  # rows: the teacher's
+    text = Features(teacher.text, student.text, t_t)
+    cross = Features(teacher.image, student.text, t_x), Features(teacher.text, student.image, t_x)
+    vrd = both_ways(towards, text, image)
+    anchors = both_ways(cross_entropy, image) + both_ways(cross_entropy, text)
+    return vrd + anchors + (both_ways(towards, *cross) + both_ways(towards, *cross[::-1])) / 2
 
 
-# Functions of a student's and a teacher's Features: of equal width, but for crd and afd.
+# Functions of a student's and a teacher's Features: of equal width, but for crd and afd. afd and rd
+# also take the Heads.
 METHODS = {f.__name__: f for f in (fd, crd, icl, cross_kd, gd, afd, mfd, rd)}
 
 
@@ -192,13 +198,16 @@ def parse_method(method):
 
 
 class Heads(nn.Module):
-    """What distillation learns beside the student: maps to the teacher's width, fusions for afd."""
+    """What distillation learns beside the student: maps to the teacher's width, fusions for afd,
+    scales for rd."""
 
     def __init__(self, method, student_width, teacher_width):
         super().__init__()
         self.image, self.text = nn.Identity(), nn.Identity()
         if student_width != teacher_width:
             self.image, self.text = (nn.Linear(student_width, teacher_width) for _ in range(2))
+        if "rd" in parse_method(method):
+            self.scales = nn.Parameter(torch.full((3,), math.log(1 / 0.07)))  # used as they are
         if "afd" in parse_method(method):
             both = student_width + teacher_width
             self.fuse_image, self.fuse_text = (nn.Linear(both, student_width) for _ in range(2))
@@ -220,7 +229,7 @@ def distill_loss(
     """Distillation loss of features (B, d), by one of METHODS or a sum such as "crd+fd" -> scalar.
 
     method_weights: factor of a method, 1 where absent. heads: needed where the widths differ, and
-    for afd. teacher_widths: those of several teachers, whose features lie side by side.
+    for afd and rd. teacher_widths: those of several teachers, whose features lie side by side.
     """
     names, widths = parse_method(method), teacher_widths or [teacher_image.shape[1]]
     student = aligned = normalised(student_image, student_text, student_scale)
@@ -231,6 +240,7 @@ def distill_loss(
     if heads is not None:  # in the teacher's width
         aligned = normalised(heads.image(student_image), heads.text(student_text), student_scale)
     arguments = {"crd": (student, teacher), "afd": (student, teacher, heads)}
+    arguments["rd"] = aligned, teacher, heads
     losses = {name: METHODS[name](*arguments.get(name, (aligned, teacher))) for name in names}
     return sum((method_weights or {}).get(name, 1.0) * loss for name, loss in losses.items())
 

@@ -74,7 +74,7 @@ def weights_hash(model):
 def code_hash(*modules):
     """SHA-256 of `modules`, or of all that training imports, as Python reads them: comments do not
     count."""
-    folder, unused = Path(__file__).parent, ("search", "analysis")
+    folder, unused = Path(__file__).parent, ("search", "photos", "nearest", "web", "analysis")
     paths = [*sorted(folder.glob("*.py")), *sorted(folder.glob("datasets/*.py"))]
     used = [path.stem in modules if modules else path.stem not in unused for path in paths]
     paths = itertools.compress(paths, used)

@@ -1,199 +1,27 @@
-"""Find photos by a long description.
+"""Find photos by a long description, by a photo, or by both.
 
 python -m jettclip.search PHOTOS "two dogs, one brown, ..." --model runs/flickr8k/fd-both-s0
-python -m jettclip.search PHOTOS "..." --html found.html  # thumbnails; the last model again
-python -m jettclip.search PHOTOS --web                    # a page in the browser
+python -m jettclip.search PHOTOS "at night" --image like.jpg --without snow --since 2024-05
+python -m jettclip.search PHOTOS --duplicates --json
+python -m jettclip.search PHOTOS --web  # a page in the browser; the last model again
 """
 
 import argparse
-import base64
 import hashlib
-import html
-import io
 import json
 import os
 import sys
-import tempfile
 import time
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import zip_longest
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
+import regex
 
+from . import web
 from .deploy import runtime
-from .inputs import read_photo
+from .photos import PhotoIndex, check_writable, say
 from .utils import shown, write_then_rename
-
-SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
-SUFFIXES |= {".heic", ".heif", ".jxl", ".jp2", ".dng", ".nef", ".cr2", ".cr3", ".arw", ".raf"}
-CHUNK = 32  # photos decoded while as many are embedded
-SAVE_EVERY = 256  # photos, or a tenth of the index if that is more: writing stays cheap
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Photos found</title><style>
-body { font: 1em sans-serif } figure { display: inline-block; width: 14em; vertical-align: top }
-img { width: 100% } figcaption { overflow-wrap: anywhere }</style><h1>Photos found</h1>"""
-
-
-class PhotoIndex:
-    """Features of the photos below `folder`, kept in `file`: `update()` looks for new, changed and
-    deleted photos, `search(text)` ranks. model: a `runtime.ExportedModel`; report: called with
-    sentences. An index of another model, or a damaged one, is built again.
-    """
-
-    def __init__(self, folder, model, file=None, report=print):
-        self.folder, self.model, self.report = Path(folder), model, report
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"{self.folder.absolute()} is not a folder")
-        self.file = Path(file or self.folder / ".jettclip/index.npz")
-        if not (file or self.inside(self.file)):
-            raise ValueError(f"{self.file} is a link out of the folder: name a file with --index")
-        self.rows = self.read()  # path below folder -> ((size, modification time), feature (d,))
-        self.photos, self.features = [], self.matrix([])  # what `update` saw: paths, (N, d)
-
-    def read(self):
-        """The file's rows; reports why it has none."""
-        if not self.file.is_file():
-            return {}
-        opened = self.file.open("rb")  # what cannot be opened now may be whole
-        try:
-            with opened, np.load(opened) as saved:
-                facts = json.loads(saved["facts"].tobytes())
-                if facts["model"] != self.model.identity:
-                    raise ValueError("it is of another model")
-                stamps = map(tuple, saved["stamps"].astype(np.int64).reshape(-1, 2).tolist())
-                features = np.asarray_chkfinite(saved["features"], np.float32)
-            features = features.reshape(-1, self.model.config["embed_dim"])
-            rows = zip(stamps, features, strict=True)
-            return dict(zip(map(str, facts["paths"]), rows, strict=True))
-        except Exception as error:  # half a file fails in many ways
-            self.report(f"{shown(self.file)} is not used ({shown(error)}): indexing photos again")
-            return {}
-
-    def update(self):
-        """Index new and changed photos -> counts: new, changed, gone, unseen, unreadable, seconds.
-
-        A photo is unseen, and stays in the file, if its folder is missing, empty or locked, as on
-        a disk that is not mounted. It is gone if its folder holds something else.
-        """
-        start, known, (photos, folders, left_out) = time.perf_counter(), self.rows, self.look()
-        lost = [path for path in known if path not in photos]
-        unseen = {path for path in lost if (os.path.dirname(path) or ".") not in folders}
-        self.rows = {p: row for p, row in known.items() if photos.get(p) == row[0] or p in unseen}
-        todo = [path for path in photos if path not in self.rows]
-        gone = len(lost) - len(unseen)
-        if gone or todo:
-            check_writable(self.file, "--index")
-        added = self.embed(todo, photos) if gone or todo else []
-        self.photos = [path for path in self.rows if path not in unseen]
-        self.features = self.matrix(self.photos)
-        changed, unreadable = len(known.keys() & {*added}), len(todo) - len(added)
-        left_out["unreadable photo(s)"] = unreadable
-        left_out["photo(s) of folders that are missing or empty now, kept"] = len(unseen)
-        if reasons := [f"{count} {reason}" for reason, count in left_out.items() if count]:
-            self.report(f"not read: {', '.join(reasons)}")
-        counts = dict(new=len(added) - changed, changed=changed, gone=gone, unseen=len(unseen))
-        return counts | dict(unreadable=unreadable, seconds=time.perf_counter() - start)
-
-    def embed(self, todo, photos):
-        """Add rows of the photos `todo`, saving them now and then -> those that were readable."""
-        added, due = [], SAVE_EVERY
-        chunks = [todo[i : i + CHUNK] for i in range(0, len(todo), CHUNK)]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            ahead = pool.map(self.pixels, todo[:CHUNK])
-            try:
-                for chunk, following in zip_longest(chunks, chunks[1:], fillvalue=()):
-                    pixels = dict(zip(chunk, ahead, strict=True))
-                    ahead = pool.map(self.pixels, following)  # while this chunk is embedded
-                    if good := [path for path in chunk if pixels[path] is not None]:
-                        batch = np.stack([pixels[path] for path in good])
-                        rows = zip(good, self.model.encode_image(batch), strict=True)
-                        self.rows |= {path: (photos[path], feature) for path, feature in rows}
-                    added += good
-                    if len(added) >= due:
-                        self.save()
-                        due = len(added) + max(SAVE_EVERY, len(self.rows) // 10)
-            finally:  # interrupted, too: the next update resumes from here
-                self.save()
-        return added
-
-    def look(self):
-        """-> {photo's path below the folder: (size, modification time)}, folders that hold
-        something, and counts of what is left out by reason. Hidden files do not count."""
-        photos, listed, left_out, locked = {}, set(), Counter(), []
-        for parent, folders, names in os.walk(self.folder, onerror=locked.append):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            names = sorted(name for name in names if not name.startswith("."))
-            if folders or names:
-                listed.add(below := os.path.relpath(parent, self.folder))
-            left_out["link(s) to folders"] += sum(Path(parent, f).is_symlink() for f in folders)
-            for path in (Path(parent, name) for name in names):
-                try:
-                    if path.suffix.lower() in SUFFIXES:
-                        photos[str(path.relative_to(self.folder))] = self.stamp(path)
-                except ValueError as reason:
-                    left_out[str(reason)] += 1
-                except OSError:  # as in a folder that may be listed, but not entered
-                    left_out["file(s) that cannot be opened"] += 1
-                    listed.discard(below)
-        left_out["folder(s) that cannot be opened"] = len(locked)
-        return photos, listed, left_out
-
-    def stamp(self, path):
-        """(size, modification time) of a photo. A reason to leave it out is a ValueError."""
-        if (suffix := path.suffix.lower()) not in Image.registered_extensions():
-            raise ValueError(f"{suffix} file(s) that Pillow cannot read (convert them to JPEG)")
-        if path.is_symlink() and not (self.inside(path) and path.exists()):
-            raise ValueError("link(s) that lead out of the folder or nowhere")
-        status = path.stat()
-        if not path.is_file():
-            raise ValueError("pipe(s) or device(s)")
-        return status.st_size, status.st_mtime_ns
-
-    def inside(self, path):
-        """Whether a path lies in the folder once all links are followed."""
-        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.folder))
-
-    def pixels(self, path):
-        """A photo as the model reads it (3, S, S), or None, reported, where it is unreadable."""
-        try:
-            return self.model.transform(read_photo(self.folder / path, self.model.image_size))
-        except Exception as error:  # decoders raise anything, and one file must not stop the rest
-            self.report(f"unreadable, skipped: {shown(path)} ({shown(error)})")
-
-    def matrix(self, paths):
-        features = np.array([self.rows[path][1] for path in paths], np.float32)
-        return features.reshape(-1, self.model.config["embed_dim"])  # (N, d), of no paths too
-
-    def save(self):
-        stamps = np.array([stamp for stamp, _ in self.rows.values()], np.int64).reshape(-1, 2)
-        facts = json.dumps({"model": self.model.identity, "paths": [*self.rows]}).encode()
-        arrays = {"facts": np.frombuffer(facts, np.uint8), "stamps": stamps}
-        np.savez(saved := io.BytesIO(), **arrays, features=self.matrix(self.rows))
-        write_then_rename(self.file, lambda file: file.write_bytes(saved.getbuffer()))
-
-    def search(self, text, top=5):
-        """The `top` photos nearest to `text` -> [(path, cosine similarity)], best first."""
-        length, tokens = self.model.context_length, len(self.model.tokenizer.encode(text)) + 2
-        if tokens > length:
-            self.report(f"the description has {tokens} tokens: the model reads the first {length}")
-        scores = self.features @ self.model.encode_text([text])[0]  # (N,)
-        best = np.argsort(-scores, kind="stable")[:top]
-        return [(self.folder / self.photos[row], float(scores[row])) for row in best]
-
-
-def check_writable(file, option):
-    """Fail now, not after the work, if `file` cannot be written."""
-    file = Path(file).absolute()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=file.parent).close()
-        if file.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
-    except OSError as error:
-        raise OSError(f"cannot write {file} ({error.strerror}): use another {option}") from None
+from .web import page
 
 
 def cached(*key):
@@ -220,7 +48,7 @@ def open_model(source, name=None, backend="onnxruntime"):
 
     if not (name or checkpoints.is_run_folder(path)):
         raise ValueError(f"say with --name which model {source} holds, such as JettCLIP-S0")
-    print(f"exporting {source} once, to {exported}", flush=True)
+    say(f"exporting {source} once, to {exported}")
     pretrained = f"openai:{path}" if str(source).startswith("openai:") else path
     model = models.create_model(name, pretrained) if name else models.load_folder(path)
     return runtime.load(export(model, exported), backend)
@@ -237,84 +65,96 @@ def choose_model(args):
     return model
 
 
-def thumbnail(path, size=320):
-    """RGB PIL image of at most `size` pixels a side; grey where the photo is unreadable by now."""
-    try:
-        image = read_photo(path, at_least=size)
-    except Exception:  # deleted or damaged since it was indexed
-        return Image.new("RGB", (size, size), "lightgrey")
-    image.thumbnail((size, size))
-    return image
+def day(text):
+    """A day, month or year of the command line."""
+    if regex.fullmatch(r"(\d{4}(-\d\d){0,2})?", text):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is not written as 2024-05-31, 2024-05 or 2024")
 
 
-def page(text, found):
-    """A self-contained HTML page: the description, and the photos found with their scores."""
-    figures = ""
-    for path, score in found:
-        thumbnail(path).save(jpeg := io.BytesIO(), "JPEG", quality=85)
-        source = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
-        link, name = path.resolve().as_uri(), html.escape(shown(path))
-        figures += f'<figure><a href="{link}"><img src="{source}" alt="{name}"></a>'
-        figures += f"<figcaption>{score:.3f} {name}</figcaption></figure>\n"
-    return f"{PAGE}<p>{html.escape(text)}</p>\n{figures}</html>\n"
-
-
-def web(index):
-    """A Gradio page for `index`, to `launch()`."""
-    try:  # by name: `import gradio` takes any folder called gradio
-        from gradio import Gallery, Interface, Slider, Textbox, Warning
-    except ImportError:
-        raise ImportError("--web needs Gradio: pip install 'jettclip[web]'") from None
-
-    def answer(text, top):
-        index.report = Warning  # shown on the page
-        found = index.search(text, int(top)) if text.strip() else []
-        return [(thumbnail(path), f"{score:.3f} {shown(path.name)}") for path, score in found]
-
-    text = Textbox(label="Describe a photo: the longer, the better", lines=4)
-    top = Slider(1, 50, value=12, step=1, label="Photos to show")
-    gallery = Gallery(label="Found, best first", columns=4, object_fit="contain")
-    options = {"api_name": "search", "flagging_mode": "never", "analytics_enabled": False}
-    return Interface(answer, [text, top], gallery, title="Photo search", **options)
-
-
-def main(argv=None):
+def parse(argv):
     parser = argparse.ArgumentParser("python -m jettclip.search", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = parser.add_argument
-    add("folder", type=os.path.expanduser, help="photos, in subfolders too")
-    add("text", nargs="?", help="the description; without one, only the index is updated")
+    add, path = parser.add_argument, os.path.expanduser
+    add("folder", type=path, help="photos, in subfolders too")
+    add("text", nargs="?", default="", help="the description; without one, the index is updated")
+    add("--image", type=path, help="more like this photo, and as the text says, if there is one")
+    add("--without", default="", metavar="TEXT", help="what the photos shall not show")
+    add("--below", default="", metavar="SUBFOLDER", help="only photos in this folder of FOLDER")
+    add("--since", default="", type=day, help="only photos of this day, month, year or later")
+    add("--until", default="", type=day, help="only photos of this day, month, year or earlier")
+    add(
+        "--duplicates",
+        type=float,
+        nargs="?",
+        const=0.95,
+        metavar="COSINE",
+        help="find groups of near-duplicates (default: %(const)s or more), the largest file first",
+    )
     add("--model", help="export folder, run folder or checkpoint; default: the folder's last")
     add("--name", help="the model that a published checkpoint holds, such as JettCLIP-S0")
     add("--backend", choices=runtime.BACKENDS, default="onnxruntime", help="default: onnxruntime")
     add("--top", type=int, default=5, help="photos to show (default: %(default)s)")
-    add("--index", type=os.path.expanduser, help="default: FOLDER/.jettclip/index.npz")
-    add("--html", type=os.path.expanduser, help="write a page with thumbnails to this file")
-    add("--web", action="store_true", help="serve a page on this machine: http://127.0.0.1:7860")
-    args = parser.parse_args(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")  # of a terminal that lacks a name's letters
+    add("--index", type=path, help="default: FOLDER/.jettclip/index.npz")
+    add("--json", action="store_true", help="print objects, one a line: path, score")
+    add("--html", type=path, help="write a page with thumbnails to this file")
+    add("--web", action="store_true", help="serve a page on this machine")
+    args = parser.parse_intermixed_args(argv)
+    if args.without and not (args.text or args.image):
+        parser.error("--without needs a description or --image")
+    return args
+
+
+def show(groups, as_json):
+    """Print photos: with scores on a terminal, else paths alone; an empty line between groups."""
+    for number, group in enumerate(groups, 1):
+        print(end="\n" if number > 1 and not as_json else "")
+        for path, score in group:
+            if as_json:
+                print(json.dumps({"path": str(path), "score": round(score, 4), "group": number}))
+            elif sys.stdout.isatty():
+                print(f"{score:.3f}  {shown(path)}")
+            else:  # a part of a name must not pass for a path
+                print(str(path).replace("\n", "\\n"))
+
+
+def find(index, args):
+    """Groups of photos that the user asks for; a search finds one."""
+    rows = index.select(args.below, args.since, args.until)
+    if len(rows) < len(index.photos):
+        say(f"{len(rows):,} of them in that folder and of those days")
+    if args.duplicates:
+        return index.duplicates(args.duplicates, rows)
+    index.search(".")  # opens the text tower
+    start = time.perf_counter()
+    found = index.search(args.text, args.top, args.image, args.without, rows)
+    say(f"answered in {1e3 * (time.perf_counter() - start):.1f} ms")
+    return [found]
+
+
+def main(argv=None):
+    args = parse(argv)
+    # A terminal may lack a name's letters; a pipe gets its bytes.
+    errors = "backslashreplace" if sys.stdout.isatty() else "surrogateescape"
+    sys.stdout.reconfigure(errors=errors)
     try:
         if args.html:
             check_writable(args.html, "--html")
         index = PhotoIndex(args.folder, choose_model(args), args.index)
-        page_to_serve = web(index) if args.web else None
         counts = index.update()
         done, seconds = counts["new"] + counts["changed"], counts.pop("seconds")
         summary = ", ".join(f"{count} {what}" for what, count in counts.items())
         speed = f"; indexed {done / seconds:.0f} a second" if done else ""
-        print(f"{len(index.photos):,} photos; {summary}{speed}")
-        if args.text:
-            index.search("")  # opens the text tower
-            start = time.perf_counter()
-            found = index.search(args.text, args.top)
-            print(f"answered in {1e3 * (time.perf_counter() - start):.1f} ms")
-            for path, score in found:
-                print(f"{score:.3f}  {shown(path)}")
+        say(f"{len(index.photos):,} photos; {summary}{speed}")
+        if args.text or args.image or args.duplicates:
+            show(groups := find(index, args), args.json)
             if args.html:
-                content = page(args.text, found).encode(errors="replace")
+                content = page(args.text, sum(groups, [])).encode(errors="replace")
                 write_then_rename(args.html, lambda file: file.write_bytes(content))
         if args.web:
-            page_to_serve.launch(server_name="127.0.0.1")
+            server, address = web.server(index)
+            say(f"open {address} (Ctrl+C ends it)")
+            server.serve_forever()
     except KeyboardInterrupt:
         raise SystemExit("interrupted: run the same command again to resume") from None
     except (OSError, ValueError, RuntimeError, ImportError) as error:

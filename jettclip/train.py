@@ -31,7 +31,7 @@ from .features import FeatureCache
 from .losses import Heads, parse_method, total_loss
 from .models import create_model
 from .runs import Run, disk_space, lock
-from .utils import nearest, progress
+from .utils import nearest, progress, require
 
 
 @dataclass
@@ -299,8 +299,12 @@ start = partial(distributed.start, "jettclip.train", run)  # (job file, processe
 
 
 def finished(run, variants):
-    """Those of `variants` whose folder in `run` holds metrics.csv, the last file of notebook 02."""
-    return [variant for variant in variants if (Path(run) / variant / "metrics.csv").exists()]
+    """Those of `variants`, or all, whose folder in `run` holds the last file of notebook 02."""
+    found = sorted(path.parent.name for path in Path(run).glob("*/metrics.csv"))
+    chosen = [variant for variant in variants or found if variant in found]
+    if not chosen:
+        require(Path(run) / (variants or ["*"])[0] / "metrics.csv", "02_train")
+    return chosen
 
 
 if __name__ == "__main__":

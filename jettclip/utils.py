@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import regex
-from tqdm import tqdm
+from tqdm import auto, tqdm
 
 
 def write_json(path, value):
@@ -29,6 +29,15 @@ def read_json(path):
 def absolute(path):
     """A path that a user gives: `~` expanded, absolute from where the user stands."""
     return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def require(path, notebook):
+    """`path`, which `notebook` writes. Raises FileNotFoundError, which says what to run first."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no {path}: first run `make report` or notebook {notebook}"
+        )
+    return path
 
 
 def write_then_rename(path, write):
@@ -65,11 +74,12 @@ def save_csv(table, path):
 def progress(items, total, what, start=0, report=tqdm.write):
     """Yield `items`, after `start` earlier ones of `total`, and show progress with the time left.
 
-    A bar on a terminal, else one line a minute by `report`.
+    A bar on a terminal or in JupyterLab, else, or with TQDM_DISABLE, one line a minute by `report`.
     """
-    bar = report == tqdm.write and sys.stderr.isatty()
+    seen = sys.stderr.isatty() or "ipykernel" in sys.modules
+    bar = report == tqdm.write and seen and not os.environ.get("TQDM_DISABLE")
     began = shown = time.monotonic()
-    for done, item in enumerate(tqdm(items, what, total, initial=start, disable=not bar), 1):
+    for done, item in enumerate(auto.tqdm(items, what, total, initial=start, disable=not bar), 1):
         yield item
         if not bar and time.monotonic() - shown >= 60:
             shown = time.monotonic()

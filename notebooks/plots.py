@@ -225,17 +225,17 @@ def positions(table):
     return figure
 
 
-def attributes(table):
-    """Where is the detail: accuracy for each attribute, a marker for each model -> figure."""
-    names, models = list(table.attribute.unique()), table.model.nunique()
-    figure, axis = plt.subplots(figsize=(6.3, 0.8 + 0.13 * len(names) * (models + 1)))
+def dots(table, by, xlabel, chance):
+    """Accuracy for each value of the column `by`, a marker for each model -> figure."""
+    names, models = list(table[by].unique()), table.model.nunique()
+    figure, axis = plt.subplots(figsize=(6.3, 0.8 + 0.1 * len(names) * (models + 1)))
     for number, (name, rows, look) in enumerate(by_model(table)):
-        y = rows.attribute.map(names.index) + (number - (models - 1) / 2) * 0.8 / models
+        y = rows[by].map(names.index) + (number - (models - 1) / 2) * 0.8 / models
         errors = {"xerr": error_bars(rows), "capsize": 2, "linewidth": 1}
         axis.errorbar(rows.value, y, label=name, **errors, **{**look, "linestyle": "none"})
     axis.set_yticks(range(len(names)), map(printable, names))
-    axis.axvline(0.5, color="black", linewidth=0.8)
-    axis.set(xlabel="accuracy (chance 0.5)", ylim=(len(names) - 0.5, -0.5))
+    axis.axvline(chance, color="black", linewidth=0.8)
+    axis.set(xlabel=f"{xlabel} (chance {chance:.2g})", ylim=(len(names) - 0.5, -0.5))
     axis.grid(axis="y", visible=False)
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure

@@ -1,13 +1,19 @@
 """Builds the report and counts the models.
 
-python report/build.py scenes    # results/ -> report/build/report.pdf, and the executed notebooks
-                                 # in runs/scenes -> report/build/scenes/*.html
-python report/build.py smoke     # runs/smoke/results -> report/build/report-smoke.pdf, and pages
+python report/build.py scenes    # results/ -> report/report.pdf; it and the executed notebooks of
+                                 # runs/scenes as a web site -> report/build/index.html
+python report/build.py smoke     # runs/smoke/results -> report/build/report-smoke.pdf, and the site
 python report/build.py --models  # size and cost of each model -> results/models.csv (two minutes)
 """
 
 import argparse
+import base64
+import hashlib
+import html
+import io
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,6 +24,13 @@ ROOT = Path(__file__).resolve().parents[1]
 NEEDED = ("scenes", "flickr8k")
 OPTIONAL = ("collage", "ablation", "settings", "flickr8k_settings", "sharegpt4v")
 BENCHMARKS = ("data", "training")
+# JupyterLab's look, without the scripts that a browser would have to fetch, and with a way back.
+PAGE = """{% extends "lab/index.html.j2" %}
+{% block html_head_js %}{% endblock %}
+{% block html_head_js_mathjax %}{% endblock %}
+{% block html_head_js_mermaidjs %}{% endblock %}
+{% block body_header %}{{ super() }}{% if resources.back %}<a href="../index.html">All notebooks</a>
+{% endif %}{% endblock %}"""
 
 
 def inputs(smoke=False):
@@ -40,16 +53,29 @@ def inputs(smoke=False):
     return {**folders, **latency, "files": files}
 
 
+def fingerprint(inputs):
+    """Hash of the report's text and of all results that it may show; the PDF holds it."""
+    digest = hashlib.sha256()
+    shown = [*json.loads(inputs["files"]), "/results/models.csv", f"{inputs.get('latency')}.csv"]
+    for path in ("/report/report.typ", "/report/references.bib", *shown):
+        if (ROOT / path[1:]).exists():
+            digest.update((ROOT / path[1:]).read_bytes())
+    return digest.hexdigest()
+
+
 def pdf(profile):
     """Compile report/report.typ, whose numbers all come from results -> path of the PDF."""
     import typst
 
     smoke = profile == "smoke"
     output = ROOT / "report/build" / ("report-smoke.pdf" if smoke else "report.pdf")
-    options = {"root": ROOT, "sys_inputs": inputs(smoke)}
+    values = inputs(smoke)
+    options = {"root": ROOT, "sys_inputs": {**values, "fingerprint": fingerprint(values)}}
     write_then_rename(
         output, lambda path: typst.compile(ROOT / "report/report.typ", output=path, **options)
     )
+    if not smoke:
+        shutil.copy(output, ROOT / "report/report.pdf")  # the committed one
     return output
 
 
@@ -59,20 +85,58 @@ def executed(notebook):
     return all(cell.get("exception") is False for cell in cells)  # None: not run
 
 
-def html(profile):
-    """The executed notebooks of `profile` as pages of report/build/<profile>/ -> their paths."""
+def formula(renderer, latex):
+    """A formula as a picture, since no browser draws LaTeX by itself -> an element of HTML."""
+    from matplotlib import rc_context
+    from matplotlib.mathtext import math_to_image
+
+    svg, text = io.BytesIO(), html.escape(latex)
+    try:
+        with rc_context({"svg.fonttype": "path", "mathtext.fontset": "cm", "font.size": 12}):
+            depth = math_to_image(f"${' '.join(latex.split())}$", svg, format="svg")
+    except ValueError:  # Matplotlib knows the most frequent commands of LaTeX, not all
+        return f"<code>{text}</code>"
+    data = base64.b64encode(svg.getvalue()).decode()
+    style = f"vertical-align: {-depth:.1f}pt"
+    return f'<img src="data:image/svg+xml;base64,{data}" alt="{text}" style="{style}">'
+
+
+def pages(profile):
+    """The executed notebooks of `profile` as pages of report/build, and an index -> their paths."""
     import nbformat
     from nbconvert import HTMLExporter
+    from nbconvert.filters.markdown_mistune import IPythonRenderer
 
-    exporter, pages = HTMLExporter(), []
+    IPythonRenderer.inline_math = IPythonRenderer.block_math = formula
+    exporter, build, written = HTMLExporter(raw_template=PAGE), ROOT / "report/build", []
+    exporter.embed_images = True
+    shutil.rmtree(build / profile, ignore_errors=True)  # pages of students that are no more
+
+    def write(path, notebook, **resources):
+        title = notebook.cells[0].source.partition("\n")[0].lstrip("# ")
+        resources["metadata"] = {"name": title, "path": str(ROOT)}
+        text, _ = exporter.from_notebook_node(notebook, resources)
+        write_then_rename(path, lambda page: page.write_text(text, "utf-8"))
+        written.append(path)
+
     for path in sorted((ROOT / "runs" / profile).glob("*/0?_*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         if executed(notebook):
             name = f"{path.stem}-{path.parent.name}" if path.stem == "02_train" else path.stem
-            text, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": name}})
-            pages.append(ROOT / "report/build" / profile / f"{name}.html")
-            write_then_rename(pages[-1], lambda page, text=text: page.write_text(text, "utf-8"))
-    return pages
+            write(build / profile / f"{name}.html", notebook, back=True)
+    links = ["## The report, and the notebooks as they ran"]
+    links += [f"[{path.name}]({path.name})" for path in sorted(build.glob("*.pdf"))]
+    for folder in sorted({path.parent for path in build.glob("*/*.html")}):
+        links.append(f"### {folder.name}")
+        for page in sorted(folder.glob("*.html")):
+            title = html.unescape(re.search("<title>(.*)</title>", page.read_text("utf-8"))[1])
+            variant = page.stem.removeprefix("02_train-") if "02_train-" in page.stem else ""
+            links.append(f"* [{title}]({folder.name}/{page.name}) {variant}")
+    index = nbformat.read(ROOT / "notebooks/README.ipynb", as_version=4)
+    index.cells[1].source = "\n\n".join(links)
+    index.cells[2].source = index.cells[2].source.replace("](../", "](")  # the figure
+    write(build / "index.html", index)
+    return written
 
 
 def count_models(names):
@@ -109,7 +173,7 @@ def main():
             profiles = sorted(path.stem for path in ROOT.glob("notebooks/profiles/*.yaml"))
             if args.profile not in profiles:
                 raise ValueError(nearest(args.profile, profiles, "profile"))
-            written = [pdf(args.profile), *html(args.profile)]
+            written = [pdf(args.profile), *pages(args.profile)]
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")
     for path in written:

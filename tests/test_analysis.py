@@ -50,6 +50,53 @@ def test_swapped_details_holds_the_usable_captions():
     assert len(analysis.swapped_details(table[1:2])) == 0
 
 
+WRITTEN = "Ten things. A 1.5 m red dog. B. C? D."
+BY_HAND = {
+    "as written": WRITTEN,
+    "first removed": "A 1.5 m red dog. B. C? D.",  # a sentence ends at ". "
+    "first last": "A 1.5 m red dog. B. C? D. Ten things.",
+    "detail last": "Ten things. B. C? D. A 1.5 m red dog.",
+}
+
+
+def test_perturbations_by_hand():
+    captions = [WRITTEN, "One sentence only.", "a b. c", WRITTEN]
+    table = analysis.perturbed_captions(captions, seed=3)
+    assert {name: table[name][0] for name in BY_HAND} == BY_HAND
+    assert (table.loc[1] == captions[1]).all()  # nothing else can be done to it
+    assert table.loc[2, ["first removed", "first last"]].tolist() == ["c.", "c. a b."]
+    sentences = {name: table[name][0].rstrip(".").split(". ") for name in table}
+    whole = sentences["as written"]
+    assert sorted(sentences["shuffled"]) == sorted(whole)
+    kept = sentences["half kept"]
+    assert len(kept) == 2 and kept == [x for x in whole if x in kept]
+    words, rest = WRITTEN.rstrip(".").split(), iter(WRITTEN.rstrip(".").split())
+    left = table["words dropped"][0].rstrip(".").split()
+    assert len(left) == 7 and len(words) == 10 and all(word in rest for word in left)  # in order
+    assert table.equals(analysis.perturbed_captions(captions, seed=3))
+    others = [analysis.perturbed_captions([WRITTEN], seed).loc[0, "shuffled"] for seed in range(9)]
+    assert len({*others}) > 3 and (table.loc[0] != table.loc[3]).any()  # by seed, by row
+
+
+def test_perturbed_recall_by_hand():
+    """Four images; without its first sentence a caption finds the next one."""
+    image = torch.eye(4)
+    texts = {"as written": image, "first removed": image.roll(1, 0), "shuffled": image.clone()}
+    texts["shuffled"][0] = torch.tensor([0.0, 1, 0, 0])
+    table, hits = analysis.perturbed_recall(image, texts)
+    assert [*table] == ["perturbation", "metric", "value", "low", "high", "n", "p"]
+    assert hits["shuffled"].tolist() == [0, 1, 1, 1]
+    values = table.set_index(["perturbation", "metric"])
+    assert values.value.to_dict() == {
+        ("as written", "t2i_r1"): 1.0,
+        ("first removed", "t2i_r1"): 0.0,
+        ("shuffled", "t2i_r1"): 0.75,
+        ("first removed", "change"): -1.0,
+        ("shuffled", "change"): -0.25,
+    }
+    assert values.p["first removed", "change"] == 2 / 16 and values.p["shuffled", "change"] == 1
+
+
 def test_cka_of_rotated_and_shifted_features():
     x, y = features(200, 16), normalize(features(200, 16) + features(200, 16, 3), dim=1)
     rotation = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(1)))[0]

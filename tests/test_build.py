@@ -64,9 +64,24 @@ def test_every_model_is_counted():
     pd.testing.assert_frame_equal(table.set_index("model").loc[fresh.index], fresh, rtol=1e-4)
 
 
-def test_only_finished_notebooks_become_pages(tmp_path, monkeypatch):
+def test_the_committed_pdf_is_of_the_committed_sources():
+    found = build.fingerprint(build.inputs()).encode() in (ROOT / "report/report.pdf").read_bytes()
+    assert found, "report/report.pdf is of other sources: python report/build.py scenes"
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A folder with nothing but the start page."""
     monkeypatch.setattr(build, "ROOT", tmp_path)
-    assert build.html("tiny") == []
+    (tmp_path / "notebooks").mkdir()
+    shutil.copy(ROOT / "notebooks/README.ipynb", tmp_path / "notebooks")
+    return tmp_path
+
+
+def test_only_finished_notebooks_become_pages(site, tmp_path):
+    index = tmp_path / "report/build/index.html"
+    assert build.pages("tiny") == [index]
+    index.with_name("report.pdf").touch()
     output = v4.new_output("execute_result", {"text/plain": "42"}, execution_count=1)
     for name, exceptions in {  # of each cell, as papermill leaves them; None: not run
         "data/00_data": (False, False),
@@ -79,10 +94,32 @@ def test_only_finished_notebooks_become_pages(tmp_path, monkeypatch):
         path = tmp_path / f"runs/tiny/{name}.ipynb"
         path.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(v4.new_notebook(cells=cells), path)
-    pages = build.html("tiny")
+    *pages, _ = build.pages("tiny")
     names = ["00_data.html", "02_train-fd-s0.html"]
     assert pages == [tmp_path / "report/build/tiny" / name for name in names]
     assert all("42" in page.read_text(encoding="utf-8") for page in pages)
+    links = re.findall('href="([^":#]+)"', index.read_text(encoding="utf-8"))
+    assert links == ["report.pdf", *(f"tiny/{name}" for name in names)]
+
+
+def test_a_page_loads_nothing_and_shows_formulas(site, tmp_path):
+    done = {"papermill": {"exception": False}}
+    text = "# Title\n\n$V'$, $\\frac{1}{2}$ and $\\nonsense$: `$HOME`\n\n$$\\sigma(\nx) < 1$$"
+    path = tmp_path / "runs/tiny/data/00_data.ipynb"
+    path.parent.mkdir(parents=True)
+    nbformat.write(v4.new_notebook(cells=[v4.new_markdown_cell(text, metadata=done)]), path)
+    (results := tmp_path / "results/scenes").mkdir(parents=True)
+    shutil.copy(ROOT / "results/scenes/positions.svg", results)
+    for page in build.pages("tiny"):
+        page = page.read_text(encoding="utf-8")
+        assert "<script" not in page and "@import" not in page
+        assert {*re.findall(r"""(?:src=|<link |url\()["']?([^"')]{5})""", page)} <= {"data:"}
+        pictures = re.findall('<img alt="([^"]+)" src="data:image/svg', page)
+        assert pictures
+        if "<title>Title</title>" in page:
+            formulas = ["V'", "\\frac{1}{2}", "\\sigma(\nx) < 1"]
+            assert list(map(html.unescape, pictures)) == formulas
+            assert "<code>\\nonsense</code>" in page and "<code>$HOME</code>" in page
 
 
 TEXT = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=30)
@@ -91,9 +128,8 @@ TEXT = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_siz
 @given(texts=st.lists(TEXT, min_size=1, max_size=9))
 @example(texts=NASTY[:2])
 @settings(max_examples=1, deadline=None, suppress_health_check=FIXTURES_OK)
-def test_text_in_pages_is_never_parsed(texts, tmp_path, monkeypatch):
-    """Tables and printed lines of notebooks; the page's mathematics leaves both alone."""
-    monkeypatch.setattr(build, "ROOT", tmp_path)
+def test_text_in_pages_is_never_parsed(texts, site, tmp_path):
+    """Tables and printed lines of notebooks; JupyterLab's mathematics leaves both alone."""
     plots.style()
     table = pd.DataFrame({"caption": texts})._repr_html_()
     outputs = [v4.new_output("display_data", {"text/html": table})]
@@ -102,7 +138,7 @@ def test_text_in_pages_is_never_parsed(texts, tmp_path, monkeypatch):
     cell = v4.new_code_cell("captions", outputs=outputs, metadata=done, execution_count=1)
     (tmp_path / "runs/tiny/data").mkdir(parents=True, exist_ok=True)
     nbformat.write(v4.new_notebook(cells=[cell]), tmp_path / "runs/tiny/data/00_data.ipynb")
-    page = build.html("tiny")[0].read_text(encoding="utf-8")
+    page = build.pages("tiny")[0].read_text(encoding="utf-8")
     found = re.findall(r"(?s)<(td|pre)>(.*?)</\1>", page)
     shown = [(tag, html.unescape(text).strip()) for tag, text in found]  # the first: the code
     assert shown[1:] == [*(("td", text) for text in texts), ("pre", "\n".join(texts))]

@@ -8,9 +8,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = ["utils", "distributed", "runs", "losses", "inputs", "deploy.runtime", "text"]
-ORDER += ["checkpoints", "models", "datasets.published", "datasets.scenes", "datasets.collage"]
+ORDER += ["checkpoints", "models", "datasets.published", "datasets.rulers"]
+ORDER += ["datasets.scenes", "datasets.collage"]
 ORDER += ["data", "evaluate", "analysis", "features", "train", "deploy.export", "deploy.timing"]
-ORDER += ["search"]
+ORDER += ["nearest", "web", "photos", "search"]
 BARRED = {"IPython", "matplotlib", "nbconvert", "papermill", "snakemake", "typst"}
 
 

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from golden_values import GOLDEN, drawn, longclip_tokens, state_dict
 from golden_values import LONGCLIP_TINY as LONGCLIP
+from torch import nn
 
 import jettclip
+from jettclip import losses
 from jettclip.losses import (
     METHODS,
     Heads,
@@ -146,20 +148,99 @@ def test_sum_of_methods():
     assert distill_loss("none", *STUDENT, *TEACHER, **SCALES) == 0
 
 
+def rd_with(scales, *features):
+    heads = Heads("rd", 2, 2)
+    heads.scales.data = torch.tensor(scales)
+    return distill_loss("rd", *features, heads=heads, student_scale=9.0, teacher_scale=7.0).item()
+
+
 def test_relational_distillation_by_hand():
-    """Two pairs in two dimensions, every similarity 0 or 1: rows are softmax(3, 0) or (0, 3)."""
+    """Two pairs in two dimensions, every cosine 0 or 1: a row of scale t is softmax(t, 0)."""
     eye, swapped = torch.eye(2), torch.eye(2).flip(0)
-    high = 1 / (1 + math.exp(-3))
-    apart = (2 * high - 1) * 3  # symmetric KL of such rows: sum of (p - q) log(p / q) / 2
+    p, q = (1 / (1 + math.exp(-t)) for t in (2, 3))
+    anchors = -math.log(q) - math.log(p)
+    vrd = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))  # of texts to images
+    assert rd_with([3.0, 2.0, 1.0], eye, eye, eye, eye) == pytest.approx(vrd + anchors)
+    # the student's texts swapped: they lie at the teacher's other one
+    vrd = (1 - p) * math.log((1 - p) / q) + p * math.log(p / (1 - q))
+    xrd = math.tanh(0.5)  # softmax(0, 1) to softmax(1, 0): (2 h - 1) * 1 with h = 1 / (1 + 1 / e)
+    expected = pytest.approx(vrd + anchors + 2 + xrd)
+    assert rd_with([3.0, 2.0, 1.0], eye, swapped, eye, eye) == expected
+    # the teacher's too: only the anchors are left
+    assert rd_with([3.0, 3.0, 1.0], eye, swapped, eye, swapped) == pytest.approx(-2 * math.log(q))
 
-    def rd(*features):
-        return distill_loss("rd", *features, student_scale=3.0, teacher_scale=1.0).item()
 
-    assert rd(eye, eye, eye, eye) == pytest.approx(0, abs=1e-6)
-    # student's texts swapped: they are near to the teacher's others, vertically and across
-    assert rd(eye, swapped, eye, eye) == pytest.approx(2 * apart, rel=1e-5)
-    # the teacher's as well: texts agree with texts as images with images, and both ways across
-    assert rd(eye, swapped, eye, swapped) == pytest.approx(0, abs=1e-6)
+def test_relational_distillation_agrees_with_a_naive_one_in_float64():
+    """Rows of softmax in the order of the paper's equations; targets of KL are fixed."""
+    student = [f.double().requires_grad_() for f in STUDENT]
+    taught, heads = [F.normalize(f.double()) for f in TEACHER], Heads("rd", 32, 32).double()
+    heads.scales.data = torch.tensor([2.0, 3.0, 4.0], dtype=torch.double)
+    loss = distill_loss("rd", *student, *taught, heads=heads, **SCALES)
+    inputs = [*student, heads.scales]
+    gradients = torch.autograd.grad(loss, inputs)
+    (v, t), (tv, tt), (t_v, t_t, t_x) = map(F.normalize, student), taught, heads.scales
+
+    def kl(target, trained):
+        p, q = target.detach().softmax(1), trained.softmax(1)
+        return sum(p[i] @ (p[i].log() - q[i].log()) for i in range(24)) / 24
+
+    def ce(logits):
+        return -sum(logits[i].softmax(0)[i].log() for i in range(24)) / 24
+
+    vrd = (kl(t_t * tt @ t.T, t_v * tv @ v.T) + kl(t_t * t @ tt.T, t_v * v @ tv.T)) / 2
+    anchors = (ce(t_v * tv @ v.T) + ce(t_v * v @ tv.T)) / 2
+    anchors = anchors + (ce(t_t * tt @ t.T) + ce(t_t * t @ tt.T)) / 2
+    pairs = (tv @ t.T, tt @ v.T), (v @ tt.T, t @ tv.T)
+    xrd = sum(kl(t_x * b, t_x * a) + kl(t_x * a, t_x * b) for a, b in pairs) / 4
+    expected = vrd + anchors + xrd
+    assert near(loss.detach(), expected.detach(), rel=1e-12)
+    for gradient, exact in zip(gradients, torch.autograd.grad(expected, inputs), strict=True):
+        assert relative(gradient, exact) < 1e-10
+
+
+def test_relational_distillation_does_not_collapse():
+    """Small towers learn without another loss. Without anchors and fixed targets, all features
+    become one: the similarities agree, and tell nothing apart."""
+
+    def symmetric(student, teacher, heads):
+        def agreement(anchors):
+            a = student.across(anchors.flip()).log_probs()
+            b = student.flip().across(anchors).log_probs()
+            return losses.kl(a, b) + losses.kl(b, a)
+
+        return agreement(teacher) + agreement(teacher.flip())
+
+    for rd, collapses in ((METHODS["rd"], False), (symmetric, True)):
+        torch.manual_seed(0)
+        towers = [nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)) for _ in range(2)]
+        maps, heads = torch.randn(3, 8, 16), Heads("rd", 16, 16)
+        trained = nn.ModuleList([*towers, heads]).parameters()
+        optimizer = torch.optim.Adam(trained, 0.01)
+        for _ in range(100):
+            z = torch.randn(64, 8)
+            seen = [z @ m + torch.randn(64, 16) for m in maps[:2]]
+            features = [tower(x) for tower, x in zip(towers, seen, strict=True)]
+            student = losses.normalised(*features, torch.tensor(14.0))
+            teacher = losses.normalised(z @ maps[2], z @ maps[2], torch.tensor(20.0))
+            optimizer.zero_grad()
+            rd(student, teacher, heads).backward()
+            optimizer.step()
+        found = (student.logits().argmax(1) == torch.arange(64)).double().mean()
+        apart = 1 - (student.image @ student.image.T).mean()
+        assert (apart < 0.3 and found < 0.1) if collapses else (apart > 0.9 and found > 0.6)
+
+
+def test_the_total_of_clip_rd_trains_at_other_widths():
+    """crd + icl + 2000 fd + rd of a student half as wide; a batch of equal rows is finite."""
+    heads = Heads("crd+icl+fd+rd", 32, 64)
+    assert heads.scales.tolist() == pytest.approx([math.log(1 / 0.07)] * 3)
+    settings = {**SCALES, "heads": heads, "method_weights": {"fd": 2000.0}}
+    for student in (STUDENT, [f[:1].expand(24, -1) for f in STUDENT]):
+        loss = distill_loss("crd+icl+fd+rd", *student, *WIDE, **settings)
+        parts = [distill_loss(m, *student, *WIDE, **settings) for m in ("crd", "icl", "fd", "rd")]
+        assert near(loss, sum(parts).detach(), rel=1e-5)
+        loss.backward()
+        assert all(p.grad.isfinite().all() and p.grad.any() for p in heads.parameters())
 
 
 def test_masked_feature_distillation_is_of_the_long_side():
@@ -197,10 +278,12 @@ def test_losses_are_computed_in_float32():
     """Of features rounded to 16 bits: the loss is that of the same features in 32 bits."""
     rounded = [f.bfloat16() for f in LONG_AND_SHORT], [f.bfloat16() for f in TAUGHT]
     method = {"method": "+".join(name for name in METHODS if name not in ("mfd", "afd"))}
+    method["heads"] = Heads("rd", 32, 32)
     loss = total_loss(*rounded, torch.tensor(100.0), components=6, **method)[0]
     exact = [[f.float() for f in side] for side in rounded]
     assert loss.dtype == torch.float32
-    assert near(loss, total_loss(*exact, torch.tensor(100.0), components=6, **method)[0], rel=2e-2)
+    whole = total_loss(*exact, torch.tensor(100.0), components=6, **method)[0]
+    assert near(loss.detach(), whole.detach(), rel=2e-2)
     assert contrastive_loss(*rounded[0][:2], 100.0) == contrastive_loss(*exact[0][:2], 100.0)
 
 

@@ -24,7 +24,7 @@ sys.path[:0] = [str(NOTEBOOKS.parent / "workflow"), str(NOTEBOOKS)]
 import plan  # noqa: E402
 
 STORY = sorted(path.stem for path in NOTEBOOKS.glob("0*.ipynb"))
-ALL = sorted(str(path.relative_to(NOTEBOOKS)) for path in NOTEBOOKS.glob("**/[!.]*.ipynb"))
+ALL = sorted(str(path.relative_to(NOTEBOOKS)) for path in NOTEBOOKS.glob("**/[0-9a-z]*.ipynb"))
 PROFILES = {
     path.stem: yaml.safe_load(path.read_text("utf-8")) for path in NOTEBOOKS.glob("profiles/*.yaml")
 }
@@ -97,6 +97,16 @@ def test_a_profile_sets_parameters_that_there_are(name):
     assert varied <= {*parameters("02_train")}
 
 
+def test_the_start_page_asks_each_notebook_s_question():
+    page = "\n".join(cell.source for cell in read_notebook("README").cells)
+    rows = {path: row for row, path in re.findall(r"\| (.+) \| \[.+]\((.+)\) \|", page)}
+    assert sorted(rows) == sorted(ALL)
+    for name, question in rows.items():
+        assert read_notebook(name).cells[0].source.partition("\n")[0].endswith(question)
+    links = re.findall(r"\]\(([^)]+)\)", page)
+    assert all("://" in link or (NOTEBOOKS / link).exists() for link in links)
+
+
 # ---- all notebooks at the size `smoke`, in this process: a kernel for each would take minutes
 
 
@@ -131,6 +141,17 @@ def test_00_counts_the_rows_that_it_leaves_out_and_names_them(tmp_path, capsys):
     execute(tmp_path, "00_data", **values, most_left_out=0.5)
     printed = capsys.readouterr().out
     assert r"long:  a\x1b dog" in printed and "\x1b" not in printed
+
+
+@pytest.mark.parametrize("name", STORY[1:])
+def test_without_a_run_it_says_what_to_run_first(name, tmp_path):
+    """And leaves the committed results as they are."""
+    for folder in ("notebooks", "results/scenes"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "results/scenes/provenance.json").touch()
+    with pytest.raises(FileNotFoundError, match="first run `make report` or notebook 0"):
+        execute(tmp_path, name)
+    assert (tmp_path / "results/scenes/provenance.json").exists()
 
 
 @pytest.fixture(scope="session")
@@ -192,6 +213,8 @@ def test_an_unfinished_student_is_named_and_left_out(smoke):
     failures, geometry = read(smoke, "failures.csv"), read(smoke, "geometry.csv")
     assert (failures["rank"] > 1).all() and len(failures)
     assert geometry.value.between(-1, 1).all()
+    perturbed = read(smoke, "perturbed.csv", metric="t2i_r1", perturbation="first removed")
+    assert list(perturbed.model) == ["CLIP at 77 tokens", "teacher", *STUDENTS]
 
 
 @pytest.mark.parametrize("recall, rows", [(0.5, len(STUDENTS)), (1 / 32, 0)])

@@ -57,6 +57,30 @@ def test_pins_are_installed_and_within_the_ranges():
     assert not wrong, f"not installed as pinned, run `make setup`: {wrong}"
 
 
+def test_make_takes_the_newest_python_that_works(tmp_path):
+    """Not one without the module venv; a sentence if there is none; any that a user names."""
+    versions = [line[-4:] for line in PROJECT["classifiers"] if ":: Python :: 3." in line]
+    assert PROJECT["requires-python"] == f">={versions[0]}"
+
+    def setup(*arguments):
+        make = ["make", "-n", "-W", "requirements.txt", "-C", ROOT, "setup", *arguments]
+        options = {"env": {"PATH": f"{tmp_path}:/usr/bin:/bin"}, "capture_output": True}
+        return subprocess.run(make, check=True, **options).stdout.decode()
+
+    for version in versions:  # all print nothing; the newer two lack the module
+        broken = version in versions[2:]
+        (tmp_path / f"python{version}").write_text(f"#!/bin/sh\nexit {int(broken)}\n")
+        (tmp_path / f"python{version}").chmod(0o755)
+    assert '"python3.12" -m venv .venv' in setup()
+    assert '"/my/python" -m venv .venv' in setup("PYTHON=/my/python")
+    for path in [*tmp_path.iterdir(), tmp_path / "python3"]:
+        path.write_text("#!/bin/sh\nexit 1\n")
+        path.chmod(0o755)
+    recipe = setup().partition("Installing")[0].rpartition("echo")[0]
+    said = subprocess.run(["sh", "-c", recipe], capture_output=True)
+    assert said.returncode == 1 and b"Python 3.11 to 3.14 with its module venv" in said.stdout
+
+
 def test_conda_environment():
     python, *rest = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     asked, here = Requirement("python" + PROJECT["requires-python"]).specifier, sys.version_info
@@ -69,7 +93,7 @@ def test_the_package_imports_without_the_extras_and_what_only_linux_has():
 
 
 def test_the_package_asks_for_what_it_imports():
-    asked = {canonical(r.name) for r in PACKAGE + EXTRAS["openvino"] + EXTRAS["web"]}
+    asked = {canonical(r.name) for r in PACKAGE + EXTRAS["openvino"] + EXTRAS["photos"]}
     names = set()
     for path in ROOT.glob("jettclip/**/*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -97,6 +121,15 @@ def test_it_runs_on_other_systems(path):
 def test_ci_installs_every_extra():
     optional = ",".join(sorted(EXTRAS.keys() - {"report", "test"}))
     assert f"'.[{optional}]'" in (ROOT / ".ci/run").read_text("utf-8")
+
+
+def test_the_github_workflow_names_tests_and_pins_actions():
+    text = (ROOT / ".github/workflows/test.yml").read_text("utf-8")
+    jobs = yaml.safe_load(text)["jobs"]
+    left_out = jobs["library"]["env"]["LEFT_OUT"] + " " + jobs["library"]["env"]["NOT_ON_WINDOWS"]
+    assert all((ROOT / f"tests/test_{name}.py").exists() for name in left_out.split())
+    used = re.findall(r"uses: (.*)", text)
+    assert used and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}  # v[\d.]+", line) for line in used)
 
 
 def test_git_works_where_the_filter_cannot_run(tmp_path):

@@ -249,6 +249,12 @@ def test_the_profiles_of_this_repository_are_valid(monkeypatch):
     monkeypatch.setenv("JETTCLIP_DATA", "data")
     for path in sorted(ROOT.glob("notebooks/profiles/*.yaml")):
         assert len(workflow.plan(path.stem, ROOT)) >= 8, path
+    models = {"S0=a/s0.pt": ["S0", f"{ROOT}/a/s0.pt"], "runs/x": ["", f"{ROOT}/runs/x"]}
+    models["hf-hub:a/b"] = ["hf-hub:a/b", ""]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("TEACHER", " ".join(models))
+    step = workflow.plan("published", ROOT)["04_retrieval"]
+    assert step.parameters["more_models"] == models and len(step.reads) == 3
 
 
 def test_code_hash_follows_what_is_imported(root):

@@ -61,7 +61,7 @@ DRAW = {  # name: (function of three texts, number of axes)
     ),
     "bars": (lambda t: plots.bars(rows(t), "R@1", reference=(0.1, "chance")), 1),
     "positions": (lambda t: plots.positions(rows(t, position=[10, 90])), 1),
-    "attributes": (lambda t: plots.attributes(rows(t, attribute=t[:2])[:-1]), 1),
+    "dots": (lambda t: plots.dots(rows(t, attribute=t[:2])[:-1], "attribute", "accuracy", 0.5), 1),
     "speed": (lambda t: speed(t, t[0]), 4),
     "layers": (layers, 2),
 }

@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR100
 
 from jettclip.data import COLUMNS, clean_pairs, load_pairs, read_image
-from jettclip.datasets import published
+from jettclip.datasets import published, rulers
 from jettclip.datasets.published import classes, encoded
 
 
@@ -121,6 +121,97 @@ def test_urban1k(tree, tmp_path):
     assert good.key.tolist() == ["1"] and report.key.tolist() == ["2", "10"]
     for problem, missing in zip(report.problem, ("caption/2", "image/10"), strict=True):
         assert problem.startswith(f"unreadable row, left out: there is no {missing}.* (")
+
+
+PHOTO = "densely_captioned_images/photos/sa_{}.jpg"
+NOTE = "densely_captioned_images/annotations/{}.json"
+DCI = [
+    {
+        "image": "sa_2.jpg",
+        "short_caption": "A pump",
+        "extra_caption": "It is\nred.",
+        "mask_data": {},
+    },
+    {"image": "sa_1.jpg", "short_caption": "A boat.", "extra_caption": "", "mask_data": {}},
+]
+DCI = {NOTE.format(i): note for i, note in enumerate(DCI)}
+DOCCI = [
+    {
+        "example_id": f"{split}_0",
+        "split": split,
+        "image_file": f"{split}_0.jpg",
+        "description": text,
+    }
+    for split, text in (("train", "X"), ("test", "A wall.  Tiles."), ("qual_dev", "Y"))
+]
+IIW = {
+    "IIW-400": {"image/key": "aar_test_04600", "IIW": "A flower. Blue."},
+    "DOCCI_Test": {"image": "test_00731", "IIW": "A toilet.\u00a0\n\n\nTowels.", "DOCCI": "X"},
+    "DCI_Test": {"image": "sa_1545038.jpg", "ex_id": "113029-data.json", "IIW": "A balcony."},
+}
+IIW = {f"{name}/data.jsonl": json.dumps(item) + "\n" for name, item in IIW.items()}
+SAM = [conversation(f"sa_00000{i}/images/sa_{i}.jpg", "A dog. It runs\n\nhome.") for i in (0, 1)]
+TOKEN = "".join(f"{i}.jpg#{k}\tMen {k} .\n" for i in (7, 8) for k in range(5))
+RULERS = {  # source: annotations, images below root, long captions in order of the keys
+    "docci": (
+        {"docci_descriptions.jsonlines": "\n".join(map(json.dumps, DOCCI))},
+        ["images/test_0.jpg"],
+        ["A wall. Tiles."],
+    ),
+    "dci": (DCI, [PHOTO.format(1), PHOTO.format(2)], ["A boat.", "A pump. It is red."]),
+    "long_dci": (DCI, [PHOTO.format(2)], ["It is red."]),
+    "iiw": (
+        IIW,
+        ["docci_aar/aar_test_04600.jpg", "dci/sa_1545038.jpg", "docci/test_00731.jpg"],
+        ["A flower. Blue.", "A balcony.", "A toilet. Towels."],
+    ),
+    "sv10k": (
+        {"share4v_sam_10k.json": SAM},
+        [item["image"] for item in SAM],
+        ["A dog. It runs home."] * 2,
+    ),
+    "flickr30k": (
+        {"results_20130124.token": TOKEN},
+        ["flickr30k-images/7.jpg", "flickr30k-images/8.jpg"],
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("source", RULERS)
+def test_rulers(source, tree, tmp_path):
+    files, images, captions = RULERS[source]
+    for file, content in files.items():
+        tree(f"set/{file}", content)
+    for image in images:
+        tree(f"set/{image}")
+    assert rulers.below(tmp_path)[source] == rulers.below(tmp_path / "set")[source]
+    pairs = usable(load_pairs(source, rulers.below(tmp_path)[source], "test"), len(images))
+    pairs = pairs.sort_values("key")
+    assert pairs.image.tolist() == [str(tmp_path / "set" / image) for image in images]
+    if captions:
+        assert pairs.long.tolist() == captions
+    else:  # five short ones
+        assert pairs.captions.tolist() == [[f"Men {k} ." for k in range(5)]] * 2
+    with pytest.raises(ValueError, match=f"{source} has no split 'train': it is a test set"):
+        load_pairs(source, tmp_path / "set")
+
+
+def test_a_ruler_says_what_it_cannot_read(tree, tmp_path):
+    assert {*rulers.below(None).values()} == {*rulers.below(tmp_path).values()} == {None}
+    with pytest.raises(FileNotFoundError, match="no docci_descriptions.* that holds docci: "):
+        load_pairs("docci", tmp_path, "test")
+    good = {"split": "test", "image_file": "a.jpg", "description": "A wall."}
+    bad = [{**good, "description": None}, {**good, "image_file": "../b.jpg"}, {"split": "test"}]
+    tree("docci_descriptions.jsonlines", "\n".join([*map(json.dumps, [good, *bad]), "{"]))
+    problems = load_pairs("docci", tmp_path, "test").problem
+    for problem, reason in zip(
+        problems[1:], ["no text", "outside", "KeyError", "JSON"], strict=True
+    ):
+        assert reason in problem and "docci_descriptions.jsonlines)" in problem
+    tree("docci_descriptions.jsonlines", "{")
+    with pytest.raises(ValueError, match="not laid out as published: it has no readable row"):
+        load_pairs("docci", tmp_path, "test")
 
 
 def test_folder(tree, tmp_path):

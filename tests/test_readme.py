@@ -52,12 +52,13 @@ def setting(notebook, name):
     return re.search(rf"\b{name}(?:, BATCH)? = (\d+)", text)[1]
 
 
-PYTHON = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["requires-python"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+PYTHONS = [line.rpartition(" ")[2] for line in PROJECT["classifiers"] if ":: Python ::" in line]
 CLIP, TINY = MODELS["MobileCLIP-S0"]["text_cfg"], MODELS["JettCLIP-T"]
 FACTS = [  # words of README.md, and their numbers
     ("to read {}-token captions", CONTEXT),
     ("A model of {} tokens guesses", CLIP["context_length"]),
-    ("Python {} or newer, two cores, up to {} minutes", PYTHON[2:], minutes("scenes")),
+    ("Python {} to {}, two cores, up to {} minutes", PYTHONS[0], PYTHONS[-1], minutes("scenes")),
     ("finds its image first among {:,}", result("scenes", "captions").test[0]),
     ("among the first ten of {:,}", result("flickr8k", "captions").test[0]),
     ("token embeddings, {} pixels", TINY["vision_cfg"]["image_size"]),

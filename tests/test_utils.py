@@ -41,6 +41,18 @@ def test_progress_reports_once_a_minute(monkeypatch):
     assert lines == ["cache: 13 of 16, about 75 s left", "cache: 16 of 16, about 0 s left"]
 
 
+def test_progress_is_a_bar_in_a_notebook_and_lines_in_batch(monkeypatch):
+    bars = []
+    monkeypatch.setattr(
+        utils.auto, "tqdm", lambda items, *_, disable, **k: bars.append(not disable) or items
+    )
+    monkeypatch.setitem(utils.sys.modules, "ipykernel", utils)
+    for batch in ("", "1"):
+        monkeypatch.setenv("TQDM_DISABLE", batch)
+        assert list(utils.progress("ab", 2, "cache")) == ["a", "b"]
+    assert bars == [True, False]
+
+
 def test_provenance(monkeypatch):
     """Also where there is no git and no /proc."""
     keys = {"commit", "python", "torch", "cpu", "cores", "threads", "gpu", "date"}

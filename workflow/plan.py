@@ -235,14 +235,26 @@ def code_hash(notebook, root):
     return hashlib.sha256("\n".join(code).encode()).hexdigest()[:16]
 
 
+def more_model(text):
+    """An entry of more_models: "NAME=FILE", a hub name ("hf-hub:AUTHOR/NAME"), a model folder."""
+    name, equals, file = text.partition("=")
+    if equals:
+        return text, [name, file]
+    return text, [text, ""] if ":" in text else ["", text]
+
+
 def read_profile(path):
     """(parameters of all notebooks, {run folder: parameters of a student}) of a profile's file."""
     values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
     if not isinstance(values, dict):
         raise ValueError("a profile consists of lines such as `steps: 100`.")
     root = values.pop("data_root", "") or os.environ.get("JETTCLIP_DATA", "")
-    if values.get("source", "scenes") != "scenes" or {"test_sets", "classify"} & values.keys():
+    tested = {"test_sets", "published_sets", "classify"} & values.keys()
+    if values.get("source", "scenes") != "scenes" or tested:
         values["data_root"] = root  # else nothing is read from there, and another is no change
+    if values.get("published_sets") == "more":
+        more = map(more_model, os.environ.get("TEACHER", "").split())
+        values["more_models"] = values.get("more_models", {}) | dict(more)
     runs = expand_variants(values.pop("variants", None))
     seeded = sorted({run.rpartition("-s")[0] for run in runs} - {""})
     against = values.get("against", [])

@@ -100,6 +100,12 @@ def _items(items, file, what="item", first=0):
     return ((f"{what} {i} of {file}", item) for i, item in enumerate(items, first))
 
 
+def _lines(file):
+    """Lines of a text file, but for empty ones, each with its place."""
+    lines = _items(_text(file).split("\n"), file, "line", first=1)
+    return ((place, line) for place, line in lines if line.strip())
+
+
 def _of_split(items, split):
     """Items of a `split`, read from JSON. What has no valid split counts once, in train."""
     for place, item in items:
@@ -220,25 +226,6 @@ def karpathy(root, split, seed):
         return _table(_of_split(items, split), split, "filename", read, seed)
 
 
-def urban1k(root, split, seed):
-    """Urban-1k (Long-CLIP): image/*.jpg, caption/*.txt of the same stem, first line; a test set."""
-    if split != "test":
-        raise ValueError(f"urban1k has no split {split!r}: it is a test set")
-    _find(root, "caption/*.txt", holds="Urban-1k: image/ and caption/")
-    texts = {path.stem: path for path in _files(root, "caption/*.txt")}
-    images = {path.stem: str(path.resolve()) for path in _files(root, "image/*")}
-
-    def read(item):
-        key = item["key"]
-        if missing := "image" * (key not in images) or "caption" * (key not in texts):
-            raise ValueError(f"there is no {missing}/{key}.*")
-        return images[key], [_text(texts[key]).split("\n")[0].strip()]
-
-    items = [(file, {"key": key}) for key, file in (images | texts).items()]
-    with _published(root):
-        return _table(items, split, "key", read)
-
-
 def folder(root, split, seed):
     """Images with a metadata.jsonl: file_name, long (or text), perhaps short and split (train)."""
     example = '{"file_name": "a.jpg", "long": "...", "short": "...", "split": "train"}'
@@ -249,12 +236,10 @@ def folder(root, split, seed):
         return _inside(root, item["file_name"]), [long, short] if short else [long]
 
     with _published(file):
-        lines = _items(_text(file).split("\n"), file, "line", first=1)
-        lines = ((place, line) for place, line in lines if line.strip())
-        return _table(_of_split(lines, split), split, "file_name", read)
+        return _table(_of_split(_lines(file), split), split, "file_name", read)
 
 
-SOURCES = {read.__name__: read for read in (flickr8k, sharegpt4v, coco, karpathy, urban1k, folder)}
+SOURCES = {read.__name__: read for read in (flickr8k, sharegpt4v, coco, karpathy, folder)}
 
 
 def classes(source, root, split="test"):
