@@ -54,9 +54,7 @@ def test_round_trip(tower, tmp_path):
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
     full = Mock(side_effect=SafetensorError("I/O error: No space left on device (os error 28)"))
     monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(
-        OSError, match=f"write to {tmp_path}/new, where .* GB .*No space .*make room"
-    ):
+    with pytest.raises(OSError, match=f"write to {tmp_path}/new, .* GB .*No space .*make room"):
         save_folder(tiny_model(), tmp_path / "new")
 
 
@@ -148,9 +146,7 @@ def test_a_folder_of_open_clip_only(tiny_open_clip, tmp_path):
     model, tokens = jettclip.create_model("LongCLIP", tmp_path), longclip_tokens("short", 3)[:, :77]
     with torch.inference_mode():
         assert largest(model.encode_text(tokens), tiny_open_clip.encode_text(tokens)) < 1e-5
-    with pytest.raises(
-        ValueError, match="is no model folder of JettCLIP: create_model.NAME, FOLDE"
-    ):
+    with pytest.raises(ValueError, match="is no model folder of JettCLIP: create_model.NAME"):
         load_folder(tmp_path)
 
 

@@ -340,31 +340,17 @@ def close(found, exact):
     return all((a - b).norm() < limit * b.norm() for a, b, limit in limits)
 
 
-def both_precisions(folder, data, name, chunk=0):
-    """With all losses. Components behind which the variance drops: others have a steep gradient."""
-    settings = {"method": "+".join(METHODS), "chunk": chunk}
-    return [
-        first_step(folder / f"run{bf16}", data, make_tower(name), bf16=bf16, **settings)
-        for bf16 in (True, False)
-    ]
+EVERY = "+".join(METHODS)
 
 
 @pytest.mark.parametrize("name", [*TEXT_TOWERS, "transformers that read both ways"])
 def test_bfloat16_agrees_with_float32(name, large, tmp_path):
-    steps = both_precisions(tmp_path, large, name)
+    steps = [
+        first_step(tmp_path / f"{bf16}", large, make_tower(name), bf16=bf16, method=EVERY)
+        for bf16 in (True, False)
+    ]
     assert close(*steps) and not torch.equal(steps[0][0], steps[1][0])
     assert {x.dtype for x in steps[0]} == {torch.float32}
-
-
-def in_chunks(folder, report):
-    steps = both_precisions(folder, make_data(folder, 16, size=64), "length_aware", chunk=4)
-    assert close(*steps)
-
-
-def test_bfloat16_in_two_processes_and_chunks(large, tmp_path):
-    """Of 4 of their 8 rows."""
-    shutil.copytree(large[1].folder, tmp_path / "16")  # the data are opened
-    run_group(2, in_processes, in_chunks, tmp_path)
 
 
 @pytest.mark.parametrize("chunk", [0, 8])

@@ -113,8 +113,7 @@ class ExportedModel:
 
 @cache
 def openvino_core(openvino):
-    """One for the process: when several end, the stack on which signals are handled is gone, and
-    a signal that has a handler, such as that of a child's end, kills the process."""
+    """One for the process: when several end, the next signal that Python handles kills it."""
     return openvino.Core()
 
 
