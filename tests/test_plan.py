@@ -133,6 +133,7 @@ REFUSED = {
     "against: fd-both": "against: 'fd-both' is not of the type",
     "source: folder": "data_root: name the folder of the data, or set .* JETTCLIP_DATA",
     "variants: [{method: []}]": "{'method': \\[\\]} has an empty list",
+    "variants: [{method: fd+fd}]": "method: 'fd.fd' names one twice",
     "variants: [{method: crd+df}]": "method: choice 'df' is unknown: did you mean 'fd'",
     "variants: [{size: 3}]": "parameter 'size' is unknown",
     "variants: [{method: a/b}]": "variant 'a/b' .* cannot name a folder",

@@ -252,6 +252,7 @@ REFUSED = {
     "20 training pairs do not fill a batch_size of 21": {"method": "none", "batch_size": 21},
     "batch_size 9 does not divide among 2 processes": {"method": "none", "batch_size": 9},
     "did you mean 'both'": {"pairs": "bot"},
+    "distillation method 'df' is unknown": {"method": "crd+df"},
     "names gd; the method is 'crd.fd'": {"method_weights": {"gd": 2}},
 }
 
