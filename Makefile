@@ -55,9 +55,11 @@ setup: .venv/.done
 	@$(PIP) --no-deps snakemake-executor-plugin-slurm==2.6.1 snakemake-executor-plugin-slurm-jobstep==0.6.1
 	@touch $@
 
-# A file of tests stays in one process, which shares its trained models.
+# A file of tests stays in one process, which shares its trained models. A process that crashes is not replaced, as
+# pytest-xdist may then wait for ever; one that takes 5 minutes for a test shows where it is, and ends.
 test: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --max-worker-restart 0 \
+		-o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
 
 test-cluster: .venv/.cluster
 	$(BIN)/python tests/cluster/run.py
