@@ -16,12 +16,13 @@ PIP         = $(BIN)/python -m pip install -qq --disable-pip-version-check
 # saves 40 % beside one busy process (1.46 s, not 2.48 s). OMP_WAIT_POLICY=passive would cost 20 % on the quiet one.
 report sweep lab: export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: help setup test test-cluster check report sweep unlock lab bench clean
+.PHONY: help setup test test-browser test-cluster check report sweep unlock lab bench clean
 
 help:
 	@echo "make report [PROFILE=scenes]  run the notebooks, build report/build/index.html [THREADS=1] [KEEP_GOING=1]"
 	@echo "make sweep [PROFILE=scenes]   the same on a Slurm cluster, as workflow/profiles/slurm/config.yaml says"
 	@echo "make test                     run the tests"
+	@echo "make test-browser             compare examples/browser with Python in a headless Chromium (needs npm)"
 	@echo "make test-cluster             run smoke through a Slurm that it installs (root in a Debian container)"
 	@echo "make check                    check format and style, print the size of the code"
 	@echo "make lab                      open the notebooks in JupyterLab"
@@ -55,12 +56,18 @@ setup: .venv/.done
 	@$(PIP) --no-deps snakemake-executor-plugin-slurm==2.6.1 snakemake-executor-plugin-slurm-jobstep==0.6.1
 	@touch $@
 
-# A file of tests stays in one process, which shares its trained models.
+# A file of tests stays in one process, which shares its trained models. A process that crashes is not replaced, as
+# pytest-xdist may then wait for ever; one that takes 5 minutes for a test shows where it is, and ends.
 test: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --max-worker-restart 0 \
+		-o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
 
 test-cluster: .venv/.cluster
 	$(BIN)/python tests/cluster/run.py
+
+test-browser: setup
+	@if command -v npm >/dev/null; then npm install --silent --no-package-lock --prefix examples/browser; fi
+	$(BIN)/python tests/browser/run.py
 
 check: setup
 	$(BIN)/ruff format --check

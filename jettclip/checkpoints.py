@@ -18,6 +18,7 @@ from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
 from safetensors.torch import load_file, save_file
 
+from .runs import disk_space
 from .text import stretch_positions
 from .utils import absolute, read_json, write_json, write_then_rename
 
@@ -47,12 +48,9 @@ def save_folder(model, folder):
         raise ValueError(f"{model.name} is reparameterised: save the model before folding")
     folder, config = Path(folder), model.config
     state = {key: value.detach().contiguous().cpu() for key, value in model.state_dict().items()}
-    write_then_rename(folder / WEIGHTS, lambda path: save_file(state, path))
-    clip = {key: config[key] for key in config.keys() - {"text_tower", "preprocess"}}
+    clip = {key: value for key, value in config.items() if key not in ("text_tower", "preprocess")}
     clip |= {"quick_gelu": config.get("quick_gelu", False), "custom_text": True}
-    if config["text_tower"] == "open_clip":
-        model.save_tokenizer(folder)
-    else:
+    if config["text_tower"] != "open_clip":
         vision, text = config["vision_cfg"], config["text_cfg"]
         if "timm_model_name" in vision:  # open_clip knows no other sizes of a timm model
             vision = {k: v for k, v in vision.items() if k.startswith("timm_") or k == "image_size"}
@@ -61,9 +59,13 @@ def save_folder(model, folder):
     preprocess = {"resize_mode": "shortest", **config["preprocess"], "size": model.image_size}
     ours = {"name": model.name, "config": config}
     saved = {"model_cfg": clip, "preprocess_cfg": preprocess, "jettclip": ours}
-    write_json(folder / CONFIG, saved)
     card = MODEL_CARD.format(model=model, config=config)
-    write_then_rename(folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
+    with disk_space(folder):
+        if config["text_tower"] == "open_clip":
+            model.save_tokenizer(folder)
+        write_then_rename(folder / WEIGHTS, lambda path: save_file(state, path))
+        write_json(folder / CONFIG, saved)
+        write_then_rename(folder / "README.md", lambda path: path.write_text(card, "utf-8"))
 
 
 def is_run_folder(path):

@@ -34,14 +34,17 @@ def lock(folder):
 
 @contextmanager
 def disk_space(folder):
-    """What cannot be written to a run folder is an OSError that says so, not PyTorch's own."""
+    """What cannot be written to `folder` is an OSError that says so, not PyTorch's own."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         (folder / "new.ckpt").unlink(missing_ok=True)  # half a file
-        free, reason = shutil.disk_usage(folder).free / 1e9, str(error).splitlines()[0]
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free, reason = shutil.disk_usage(there).free / 1e9, str(error).splitlines()[0]
         problem = f"cannot write to {folder}, where {free:.3f} GB are free ({reason:.100})"
-        raise OSError(f"{problem}: make room; the run resumes from its checkpoint") from error
+        raise OSError(
+            f"{problem}: make room and try again; a run resumes from its checkpoint"
+        ) from error
 
 
 def save_checkpoint(folder, state):

@@ -30,7 +30,7 @@ from .evaluate import recall
 from .features import FeatureCache
 from .losses import Heads, parse_method, total_loss
 from .models import create_model
-from .runs import Run, disk_space, lock
+from .runs import Run, lock
 from .utils import nearest, progress, require
 
 
@@ -269,8 +269,7 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=tqdm.w
                 run.save()
         model.to(memory_format=torch.contiguous_format).eval()
         if is_first():
-            with disk_space(folder):
-                save_folder(model, folder / "student")
+            save_folder(model, folder / "student")
     return model
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from unittest.mock import Mock
 
 import numpy as np
 import open_clip
@@ -13,11 +14,12 @@ from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 from conftest import TINY, largest, randomise, tiny_model
 from golden_values import GOLDEN, drawn, longclip_tokens, state_dict
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 import jettclip
-from jettclip import evaluate, train
+from jettclip import checkpoints, evaluate, train
 from jettclip.checkpoints import CONFIG, WEIGHTS, file_hash, longclip_sizes, save_folder
 from jettclip.datasets.scenes import make_pairs
 from jettclip.models import PLAIN, TEXT_TOWERS, load_folder, model_config, transforms
@@ -47,6 +49,13 @@ def test_round_trip(tower, tmp_path):
     assert len(hashes) == 3
     with pytest.raises(ValueError, match="is reparameterised: save the model before folding"):
         save_folder(jettclip.reparameterize(model), tmp_path)
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    full = Mock(side_effect=SafetensorError("I/O error: No space left on device (os error 28)"))
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(OSError, match=f"write to {tmp_path}/new, .* GB .*No space .*make room"):
+        save_folder(tiny_model(), tmp_path / "new")
 
 
 @pytest.mark.parametrize("missing", [CONFIG, WEIGHTS])
@@ -137,9 +146,7 @@ def test_a_folder_of_open_clip_only(tiny_open_clip, tmp_path):
     model, tokens = jettclip.create_model("LongCLIP", tmp_path), longclip_tokens("short", 3)[:, :77]
     with torch.inference_mode():
         assert largest(model.encode_text(tokens), tiny_open_clip.encode_text(tokens)) < 1e-5
-    with pytest.raises(
-        ValueError, match="is no model folder of JettCLIP: create_model.NAME, FOLDE"
-    ):
+    with pytest.raises(ValueError, match="is no model folder of JettCLIP: create_model.NAME"):
         load_folder(tmp_path)
 
 

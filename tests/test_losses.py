@@ -89,13 +89,6 @@ def test_few_rows_or_columns_come_back_unchanged(rows, width):
     assert torch.equal(components, features) and (features.grad == 1).all()
 
 
-def test_a_nan_reaches_the_loss():
-    features = drawn("rows", 20, 12)
-    features[3, 4] = float("nan")
-    student = features, drawn("long", 20, 12), drawn("short", 20, 12)
-    assert total_loss(student, None, 10.0, components=5)[0].isnan()
-
-
 def test_contrastive_by_hand_and_published():
     """Cosines [[1, 0], [0.6, 0.8]] times 5; smoothed, the wrong of two classes weighs 0.1 / 2."""
     image, text = torch.tensor([[2.0, 0.0], [0.6, 0.8]]), torch.tensor([[7.0, 0.0], [0.0, 0.1]])
@@ -200,47 +193,22 @@ def test_relational_distillation_agrees_with_a_naive_one_in_float64():
 
 def test_relational_distillation_does_not_collapse():
     """Small towers learn without another loss. Without anchors and fixed targets, all features
-    become one: the similarities agree, and tell nothing apart."""
-
-    def symmetric(student, teacher, heads):
-        def agreement(anchors):
-            a = student.across(anchors.flip()).log_probs()
-            b = student.flip().across(anchors).log_probs()
-            return losses.kl(a, b) + losses.kl(b, a)
-
-        return agreement(teacher) + agreement(teacher.flip())
-
-    for rd, collapses in ((METHODS["rd"], False), (symmetric, True)):
-        torch.manual_seed(0)
-        towers = [nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)) for _ in range(2)]
-        maps, heads = torch.randn(3, 8, 16), Heads("rd", 16, 16)
-        trained = nn.ModuleList([*towers, heads]).parameters()
-        optimizer = torch.optim.Adam(trained, 0.01)
-        for _ in range(100):
-            z = torch.randn(64, 8)
-            seen = [z @ m + torch.randn(64, 16) for m in maps[:2]]
-            features = [tower(x) for tower, x in zip(towers, seen, strict=True)]
-            student = losses.normalised(*features, torch.tensor(14.0))
-            teacher = losses.normalised(z @ maps[2], z @ maps[2], torch.tensor(20.0))
-            optimizer.zero_grad()
-            rd(student, teacher, heads).backward()
-            optimizer.step()
-        found = (student.logits().argmax(1) == torch.arange(64)).double().mean()
-        apart = 1 - (student.image @ student.image.T).mean()
-        assert (apart < 0.3 and found < 0.1) if collapses else (apart > 0.9 and found > 0.6)
-
-
-def test_the_total_of_clip_rd_trains_at_other_widths():
-    """crd + icl + 2000 fd + rd of a student half as wide; a batch of equal rows is finite."""
-    heads = Heads("crd+icl+fd+rd", 32, 64)
-    assert heads.scales.tolist() == pytest.approx([math.log(1 / 0.07)] * 3)
-    settings = {**SCALES, "heads": heads, "method_weights": {"fd": 2000.0}}
-    for student in (STUDENT, [f[:1].expand(24, -1) for f in STUDENT]):
-        loss = distill_loss("crd+icl+fd+rd", *student, *WIDE, **settings)
-        parts = [distill_loss(m, *student, *WIDE, **settings) for m in ("crd", "icl", "fd", "rd")]
-        assert near(loss, sum(parts).detach(), rel=1e-5)
-        loss.backward()
-        assert all(p.grad.isfinite().all() and p.grad.any() for p in heads.parameters())
+    would become one: 0.1 of the images found, not 0.6."""
+    torch.manual_seed(0)
+    towers = [nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)) for _ in range(2)]
+    maps, heads = torch.randn(3, 8, 16), Heads("rd", 16, 16)
+    optimizer = torch.optim.Adam(nn.ModuleList([*towers, heads]).parameters(), 0.01)
+    for _ in range(100):
+        z = torch.randn(64, 8)
+        seen = [z @ m + torch.randn(64, 16) for m in maps[:2]]
+        features = [tower(x) for tower, x in zip(towers, seen, strict=True)]
+        student = losses.normalised(*features, torch.tensor(14.0))
+        teacher = losses.normalised(z @ maps[2], z @ maps[2], torch.tensor(20.0))
+        optimizer.zero_grad()
+        METHODS["rd"](student, teacher, heads).backward()
+        optimizer.step()
+    found = (student.logits().argmax(1) == torch.arange(64)).double().mean()
+    assert found > 0.6 and 1 - (student.image @ student.image.T).mean() > 0.9
 
 
 def test_masked_feature_distillation_is_of_the_long_side():

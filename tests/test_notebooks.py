@@ -88,15 +88,6 @@ def test_every_number_has_its_range_and_every_file_is_a_path(name):
         assert plan.check(key, default, default, line) == default
 
 
-@pytest.mark.parametrize("name", PROFILES)
-def test_a_profile_sets_parameters_that_there_are(name):
-    known = {parameter for notebook in STORY for parameter in parameters(notebook)}
-    keys = {*PROFILES[name]} - {"variants"}
-    assert keys <= known - {"profile", "variant"}
-    varied = {key for variant in PROFILES[name]["variants"] for key in variant}
-    assert varied <= {*parameters("02_train")}
-
-
 def test_the_start_page_asks_each_notebook_s_question():
     page = "\n".join(cell.source for cell in read_notebook("README").cells)
     rows = {path: row for row, path in re.findall(r"\| (.+) \| \[.+]\((.+)\) \|", page)}
@@ -215,20 +206,6 @@ def test_an_unfinished_student_is_named_and_left_out(smoke):
     assert geometry.value.between(-1, 1).all()
     perturbed = read(smoke, "perturbed.csv", metric="t2i_r1", perturbation="first removed")
     assert list(perturbed.model) == ["CLIP at 77 tokens", "teacher", *STUDENTS]
-
-
-@pytest.mark.parametrize("recall, rows", [(0.5, len(STUDENTS)), (1 / 32, 0)])
-def test_efficiency_is_of_a_target_beyond_chance(smoke, monkeypatch, tmp_path, recall, rows):
-    read_csv = pd.read_csv
-
-    def changed(path, **options):
-        table = read_csv(path, **options)
-        return table.assign(long_t2i_r1=recall) if path.stem == "history" else table
-
-    monkeypatch.setattr(pd, "read_csv", changed)
-    execute(smoke[0], "06_report", **{**smoke[1], "results": str(tmp_path)})
-    path = tmp_path / "efficiency.csv"
-    assert (len(read_csv(path)) if path.exists() else 0) == rows
 
 
 def test_the_cells_of_02_train_what_a_job_file_trains(smoke, monkeypatch):

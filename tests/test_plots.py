@@ -4,7 +4,6 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
@@ -100,13 +99,6 @@ def test_printable_keeps_what_xml_holds(text):
     ET.fromstring(f"<a>{shown.replace('&', '').replace('<', '')}</a>")
     assert len(shown) == len(text) and plots.printable(shown) == shown
     assert text.isprintable() is False or shown == text
-
-
-def test_dollars_in_notebooks_are_no_mathematics():
-    with mpl.rc_context(), pd.option_context("display.html.use_mathjax", True):
-        plots.style()
-        page = pd.DataFrame({"caption": ["<b>$5 # $6"]})._repr_html_()
-    assert "tex2jax_ignore" in page and "&lt;b&gt;$5 # $6" in page
 
 
 def test_rounding_makes_no_bar_negative():

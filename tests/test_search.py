@@ -113,10 +113,8 @@ def test_text_and_photo_and_not(coloured):
     assert stems(found) == ["red", "purple"] and found[1][1] == pytest.approx(half, abs=1e-3)
     blue = coloured.folder / "blue/blue.png"
     assert stems(coloured.search(image=blue, top=2)) == ["blue", "purple"]
-    assert coloured.search("red", 1, image=blue)[0] == (
-        coloured.folder / "purple/purple.png",
-        pytest.approx(1, abs=1e-3),
-    )
+    ((path, score),) = coloured.search("red", 1, image=blue)
+    assert path.stem == "purple" and score == pytest.approx(1, abs=1e-3)
     assert stems(coloured.search("red", 4, without="blue")) == ["red", "purple", "green", "blue"]
     assert coloured.search(without="blue") == coloured.search(" ") == []
     (coloured.folder / "red/red.png").unlink()  # of one photo, too
@@ -157,10 +155,8 @@ def test_groups_of_near_duplicates(coloured, monkeypatch):
     Image.new("RGB", (99, 99), "red").save(coloured.folder / "large.bmp")
     coloured.update()
     ((first, second),) = coloured.duplicates(0.99, coloured.select())
-    assert first[0].name == "large.bmp" and second == (
-        coloured.folder / "red/red.png",
-        pytest.approx(1, abs=1e-3),
-    )
+    assert (first[0].name, second[0].name) == ("large.bmp", "red.png")
+    assert second[1] == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("width", [48, 200])
@@ -317,9 +313,8 @@ def test_photos_that_cannot_be_seen_stay_in_the_index(lost, folder, update, tmp_
     unseen = 20 if lost == "all" else 7
     index, counts, sentences = update(file=file)
     assert counts == [0, 0, 0, unseen, 0] and len(index.search("a", 100)) == 20 - unseen
-    assert sentences == [
-        f"not read: {unseen} photo(s) of folders that are missing or empty now, kept"
-    ]
+    reason = "photo(s) of folders that are missing or empty now, kept"
+    assert sentences == [f"not read: {unseen} {reason}"]
     if lost != "all":
         (folder / "01.png").unlink()
         assert update(file=file)[1] == [0, 0, 1, unseen, 0]
@@ -419,10 +414,7 @@ def test_the_command_line_needs_no_torch(folder, exported, update, tmp_path, mon
             ("photos --model notes.html", "--name which model notes.html holds"),
             ("photos --html locked/x.html", "cannot write .*locked/x.html .*use another --html"),
             ("photos --html photos", "photos .it is a folder.: use another --html"),
-            (
-                f"photos --model {exported[1]} --index locked/x",
-                "cannot write .*: use another --index",
-            ),
+            (f"photos --model {exported[1]} --index locked/x", "write .*: use another --index"),
         ):
             with pytest.raises(SystemExit, match=message):
                 search.main(arguments.split())
@@ -452,11 +444,8 @@ def test_what_is_printed_for_pipes_and_scripts(coloured, monkeypatch, capfdbinar
             search.main(list(map(str, command)))
         return capfdbinary.readouterr().out
 
-    escaped = odd.replace(b"\n", b"\\n")  # one line, of no other path
-    assert set(printed("red", "--top", "2").splitlines()) == {
-        os.fsencode(coloured.folder / "red/red.png"),
-        escaped,
-    }
+    paths = {os.fsencode(coloured.folder / "red/red.png"), odd.replace(b"\n", b"\\n")}
+    assert set(printed("red", "--top", "2").splitlines()) == paths  # one line each
     assert printed("--image", coloured.folder / "blue/blue.png", "--until", "1999") == b""
     lines = printed("red", "--without", "blue", "--json", "--below", "purple").splitlines()
     facts = [json.loads(line) for line in lines]

@@ -91,13 +91,14 @@ def urban1k(root, split, seed):
     _find(root, "caption/*.txt", holds="Urban-1k: image/ and caption/")
     texts = {path.stem: path for path in _files(root, "caption/*.txt")}
     images = {path.stem: str(path.resolve()) for path in _files(root, "image/*")}
-    if alone := ", ".join(sorted(texts.keys() ^ images.keys())[:5]):
-        raise ValueError(f"{root} has an image without caption or a caption without image: {alone}")
 
     def read(item):
-        return images[item["key"]], [_text(item["file"]).split("\n")[0].strip()]
+        key = item["key"]
+        if missing := "image" * (key not in images) or "caption" * (key not in texts):
+            raise ValueError(f"there is no {missing}/{key}.*")
+        return images[key], [_text(texts[key]).split("\n")[0].strip()]
 
-    items = [(file, {"key": key, "file": file}) for key, file in texts.items()]
+    items = [(file, {"key": key}) for key, file in (images | texts).items()]
     with _published(root):
         return _table(items, split, "key", read)
 

@@ -111,6 +111,12 @@ class ExportedModel:
         return features
 
 
+@cache
+def openvino_core(openvino):
+    """One for the process: when several end, the next signal that Python handles kills it."""
+    return openvino.Core()
+
+
 def open_graph(path, backend):
     """image.onnx or text.onnx -> function from its input to its features, both arrays."""
     threads = int(os.environ.get("OMP_NUM_THREADS", 0))  # 0: all cores
@@ -129,5 +135,5 @@ def open_graph(path, backend):
         raise ImportError(f"{backend} needs OpenVINO: pip install 'jettclip[openvino]'") from None
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
     options["INFERENCE_PRECISION_HINT"] = "bf16" if backend.endswith("bf16") else "f32"
-    compiled = openvino.Core().compile_model(path, "CPU", options)
+    compiled = openvino_core(openvino).compile_model(path, "CPU", options)
     return lambda x: compiled(x)[0]
