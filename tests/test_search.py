@@ -296,7 +296,7 @@ def test_no_file_stops_it_and_what_is_not_read_is_said(folder, update, monkeypat
     for reason in (heic, "1 pipe(s)", "4 unreadable photo(s)"):
         assert f", {reason}" in last
     (folder / "02.png").unlink()  # after the search: a grey thumbnail
-    Image.open(io.BytesIO(search.web.thumbnail(folder / "02.png"))).verify()
+    Image.open(io.BytesIO(web.thumbnail(folder / "02.png"))).verify()
     (folder / "half.png").write_bytes(whole)
     assert update()[1] == [1, 0, 1, 0, 3]  # tries the unreadable ones each time
 
