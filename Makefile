@@ -16,7 +16,7 @@ PIP         = $(BIN)/python -m pip install -qq --disable-pip-version-check
 # saves 40 % beside one busy process (1.46 s, not 2.48 s). OMP_WAIT_POLICY=passive would cost 20 % on the quiet one.
 report sweep lab: export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: help setup test test-browser test-cluster check report sweep unlock lab bench clean
+.PHONY: help setup test test-browser test-cluster check report sweep unlock demo lab bench clean
 
 help:
 	@echo "make report [PROFILE=scenes]  run the notebooks, build report/build/index.html [THREADS=1] [KEEP_GOING=1]"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-browser             compare examples/browser with Python in a headless Chromium (needs npm)"
 	@echo "make test-cluster             run smoke through a Slurm that it installs (root in a Debian container)"
 	@echo "make check                    check format and style, print the size of the code"
+	@echo "make demo PHOTOS=folder       search your photographs in the browser"
 	@echo "make lab                      open the notebooks in JupyterLab"
 	@echo "make bench                    measure into results/{latency,training,data} [BENCH=latency] [CAPTIONS=file.parquet]"
 	@echo "make setup                    create or update .venv; the targets above do so themselves"
@@ -93,6 +94,10 @@ sweep: .venv/.cluster
 
 unlock: setup
 	@$(BIN)/python -m snakemake --config profile=$(PROFILE) --unlock
+
+demo: setup
+	@test -d "$(PHOTOS)" || { echo "Name a folder of photographs: make demo PHOTOS=~/Pictures"; exit 1; }
+	@$(BIN)/python -m jettclip.search "$(PHOTOS)" --model results/flickr8k/model --web
 
 # A relative folder of data is that from here, not from notebooks/.
 lab: setup
