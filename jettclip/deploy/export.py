@@ -57,7 +57,7 @@ def export(model, folder):
     with new_export(folder) as temporary, torch.no_grad(), quiet:
         write_graph(model.visual, images, (0,), temporary / "image.onnx")
         write_graph(model.text, tokens, (0, 1) if trims else (0,), temporary / "text.onnx")
-        byte_pairs()[0].save(str(temporary / "tokenizer.json"))
+        byte_pairs()[0].save(str(temporary / "tokenizer.json"), pretty=False)
         write_config(temporary, config)
         difference = max(drift(model, runtime.load(temporary), images, tokens))
         if not difference <= TOLERANCE:  # refuses NaN too
