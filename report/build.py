@@ -168,7 +168,8 @@ def main():
             from jettclip.models import MODELS
 
             written = [ROOT / "results/models.csv"]
-            save_csv(count_models(sorted(MODELS)), written[0])
+            ours = sorted(name for name in MODELS if MODELS[name]["text_tower"] != "open_clip")
+            save_csv(count_models(ours), written[0])
         else:
             profiles = sorted(path.stem for path in ROOT.glob("notebooks/profiles/*.yaml"))
             if args.profile not in profiles:

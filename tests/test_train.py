@@ -390,6 +390,7 @@ def test_learning_rate_by_hand():
 
 
 ARCHITECTURES = {str(config["vision_cfg"]): name for name, config in MODELS.items()}
+ARCHITECTURES.pop(str(MODELS["LiT-Lite2"]["vision_cfg"]))  # of parts that pip installs
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES.values())
