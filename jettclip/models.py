@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.transforms import v2
 
-from . import checkpoints, openclip
+from . import checkpoints, hub, openclip
 from .inputs import read_photo
 from .text import CONTEXT, HybridText, TransformerText, tokenizer
 from .utils import nearest
@@ -253,6 +253,8 @@ def create_model(name, pretrained=None, device="cpu", text_tower=None, stretch="
         model = new(model_config(name, text_tower, **sizes), name)
         openclip.fill(model)
         return model.to(device)
+    if isinstance(pretrained, str) and not Path(pretrained).exists():
+        pretrained = hub.published(name, pretrained) or pretrained
     state, ours = (None, None) if pretrained is None else checkpoints.read_state(pretrained)
     if ours:
         model, asked = _ours(state, ours, pretrained), {"text_tower": text_tower, **sizes}

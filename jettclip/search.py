@@ -32,6 +32,10 @@ def cached(*key):
 def open_model(source, name=None, backend="onnxruntime"):
     """The exported model of `source`; exports a run folder or a checkpoint of model `name` once."""
     path = Path(str(source).removeprefix("openai:")).expanduser()
+    if not path.exists() and regex.fullmatch(r"\w+CLIP\w*-[\w-]+", str(source)):
+        from . import hub  # with open_clip, which takes seconds
+
+        name, path = source, hub.published(source)
     if (path / runtime.CONFIG).exists():
         return runtime.load(path, backend)
     path = path / "student" if (path / "student").is_dir() else path

@@ -126,7 +126,8 @@ def absolute(value, folder, found):
     if isinstance(value, list):
         return [*value[:-1], absolute(value[-1], folder, found)]
     prefix = "openai:" * value.startswith("openai:")
-    if (path := value.removeprefix(prefix)) in ("", "pip"):  # none, or parts that pip installed
+    path = value.removeprefix(prefix)
+    if path in ("", "pip", "published") or path.startswith("hf-hub:"):  # names of weights
         return value
     found.append(os.path.abspath(os.path.join(folder, os.path.expanduser(path))))
     return prefix + found[-1]
