@@ -10,6 +10,7 @@ import pandas as pd
 import scipy  # loads scipy.stats, which takes half a second, when it is used
 import torch
 
+from .datasets.published import sentences
 from .evaluate import difference_interval, interval, ranks
 from .text import tokenizer
 
@@ -77,10 +78,10 @@ PERTURBATIONS = {  # name: (sentences, rng) -> sentences
 
 def perturb(caption, perturbation, rng):
     """A caption "A. B. C." under one of PERTURBATIONS; one of a single sentence stays as it is."""
-    sentences = caption.strip().rstrip(".").split(". ")
-    if perturbation == "as written" or len(sentences) < 2:
+    parts = sentences(caption)
+    if perturbation == "as written" or len(parts) < 2:
         return caption
-    return ". ".join(PERTURBATIONS[perturbation](sentences, rng)).rstrip(".") + "."
+    return ". ".join(PERTURBATIONS[perturbation](parts, rng)).rstrip(".") + "."
 
 
 def perturbed_captions(captions, seed=0):

@@ -28,6 +28,7 @@ from .runs import code_hash
 from .utils import progress, read_json, write_json, write_then_rename
 
 FILES = ("image", "long", "short", "crops")
+SEEN = ("image_size", "context_length", "preprocess", "padding_front")  # how a row is read
 CODE = ("inputs", "data", "text", "models", "features")  # modules that decide the features
 
 
@@ -65,7 +66,7 @@ class FeatureCache:
         source = {"teacher": teacher_hash, "data": fingerprint(table), "code": code_hash(*CODE)}
         source["crops"] = hashlib.sha256(dataset.crops.tobytes()).hexdigest()
         source |= {"rows": n, "augmentations": k, "draws": draws, "width": width}
-        source |= {x: getattr(dataset, x) for x in ("image_size", "context_length", "preprocess")}
+        source |= {x: getattr(dataset, x) for x in SEEN}
         if is_first() and (folder / "manifest.json").exists():
             try:
                 cls.open(folder, **source).verify()
@@ -130,7 +131,7 @@ class CachedFeatures:
     def __init__(self, cache, table):
         self.cache, self.crops, self.keys = cache, cache.crops, list(table.key)
         self.draws = cache.long.shape[1]
-        for name in ("image_size", "context_length", "preprocess"):
+        for name in SEEN:
             setattr(self, name, cache.manifest[name])
         sums = json.dumps(cache.manifest["sha256"], sort_keys=True)
         self.fingerprint = hashlib.sha256(sums.encode()).hexdigest()
@@ -250,7 +251,8 @@ def run(job, report=tqdm.write):
     table = pd.read_parquet(job["data"])
     options = (job[key] for key in ("augmentations", "seed", "smallest_crop", "flip"))
     crops = draw_crops(len(table), *options)
-    dataset = dataset_for(teacher, table, crops, draws="longs" in table)
+    draws, padding_front = "longs" in table, job.get("padding_front", False)
+    dataset = dataset_for(teacher, table, crops, draws, padding_front)
     source = teacher, file_hash(job["teacher"]), table, dataset
     return FeatureCache.build(job["folder"], *source, job["batch_size"], report)
 

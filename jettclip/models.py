@@ -71,7 +71,7 @@ LIT = {  # a teacher: ImageNet's EfficientNet-Lite2 and MiniLM, with a head each
         "timm_model_name": "tf_efficientnet_lite2",
         "timm_pool": "avg",
         "timm_proj": "mlp",
-        "timm_drop": 0.3,
+        "timm_drop": 0.7,
         "image_size": 224,
     },
     "text_cfg": {

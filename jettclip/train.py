@@ -300,8 +300,9 @@ def run(job, report=tqdm.write):
         clip = fit(clip, plain, short, folder / "clip77", report=report)
         fill(student, clip.state_dict(), "clip77", first["stretch"])
         torch.manual_seed(config.seed)
-    draws = caches[0].manifest["draws"] > 1  # the captions in several orders
-    dataset, val = dataset_for(student, train, crops, draws), dataset_for(student, val)
+    seen = caches[0].manifest  # how the teacher read the captions
+    dataset = dataset_for(student, train, crops, seen["draws"] > 1, seen["padding_front"])
+    val = dataset_for(student, val)
     return fit(student, config, dataset, folder, caches, lambda model: recall(model, val), report)
 
 

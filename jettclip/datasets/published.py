@@ -38,6 +38,11 @@ def first_sentence(caption):
     return caption.split(". ")[0].rstrip(".")
 
 
+def sentences(caption):
+    """A caption "A. B. C." as a list."""
+    return caption.strip().rstrip(".").split(". ")
+
+
 def encoded(picture, kind):
     """A PIL picture as the bytes of a file of `kind` ("PNG" or "JPEG")."""
     picture.save(file := io.BytesIO(), kind, compress_level=1, quality=92)  # of PNG, of JPEG
