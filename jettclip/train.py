@@ -55,6 +55,7 @@ class Config:
     teacher_scale: float = 100.0
     frozen_positions: int = 0  # first rows of the text's position table (Long-CLIP: 20)
     bf16: bool = False
+    keep_best: bool = False  # the student is that of the best evaluation, not of the last step
     eval_every: int = 50
     save_every: int = 50  # a checkpoint is also written every minute
 
@@ -268,6 +269,7 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=tqdm.w
             if is_first() and (evaluate or save):
                 run.save()
         model.to(memory_format=torch.contiguous_format).eval()
+        run.load_best()
         if is_first():
             save_folder(model, folder / "student")
     return model
