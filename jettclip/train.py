@@ -79,7 +79,8 @@ def learning_rate(step, config):
 def optimizer_of(model, config, heads=None):
     """AdamW. Only kernels, matrices and word embeddings decay: no norms, biases, scales, positions
     or class tokens."""
-    groups = {}  # (factor of the learning rate, weight decay): parameters
+    # (factor of the learning rate, weight decay): parameters
+    groups = {(1.0, config.weight_decay): [], (1.0, 0.0): []}
     for name, p in (*model.named_parameters(), *(heads.named_parameters() if heads else ())):
         decays = p.ndim > 1 and name.endswith(("weight", "proj", "projection"))
         slower = config.image_lr and name.startswith("visual.")
