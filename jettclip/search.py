@@ -94,7 +94,7 @@ def parse(argv):
         metavar="COSINE",
         help="find groups of near-duplicates (default: %(const)s or more), the largest file first",
     )
-    add("--model", help="export folder, run folder or checkpoint; default: the folder's last")
+    add("--model", help="export, run folder, checkpoint, name (MobileCLIP2-S0); default: the last")
     add("--name", help="the model that a published checkpoint holds, such as JettCLIP-S0")
     add("--backend", choices=runtime.BACKENDS, default="onnxruntime", help="default: onnxruntime")
     add("--top", type=int, default=5, help="photos to show (default: %(default)s)")
