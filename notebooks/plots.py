@@ -12,6 +12,7 @@ from itertools import cycle
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
+from PIL import Image
 
 from jettclip.utils import write_then_rename
 
@@ -103,8 +104,10 @@ def error_bars(rows):
 
 
 def show_image(axis, image):
-    """Draw an image (uint8 (3, H, W)) pixel by pixel."""
-    axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")  # -> (H, W, 3)
+    """Draw an image (uint8 (3, H, W)) pixel by pixel, a large one as a thumbnail."""
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())  # -> (H, W, 3)
+    picture.thumbnail((160, 160))
+    axis.imshow(picture, interpolation="nearest")
 
 
 # ---- images
