@@ -27,7 +27,7 @@ KINDS = ("jettclip/**/*.py", "notebooks/**/*.ipynb", "[nrw.][eoc]*/*.py", "workf
 SOURCES = [path for kind in KINDS for path in sorted(ROOT.glob(kind))]
 # Calls that read or write text as the machine's locale says, on Windows usually as cp1252.
 IN_LOCALE = r"(?m)^.*\b(?:(?:read|write)_text|(?<![.\w])(?<!def )open)\("
-IN_LOCALE += r"""(?!.*(?:utf-8|['"]\w\+?b\b)).*$|.*text=True.*"""
+IN_LOCALE += r"""(?!.*(?:utf-8|['"]\w\+?b\b)).*$|.*\btext=True.*"""
 # What Windows or macOS lack, and how the lines around it ask for that.
 LINUX_ONLY = r"sched_\w+|posix_\w+|prctl|/proc\b|/dev/shm|os\.(?:fork|getuid|uname)|flock"
 LINUX_ONLY += "|forkserver|SIGKILL|preexec_fn|import (?:fcntl|pwd|resource)"
