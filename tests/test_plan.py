@@ -245,7 +245,7 @@ def test_errors_name_the_notebook(root, old, new, error):
         workflow.plan("tiny", root)
 
 
-WITHOUT_DATA = {"ablation", "scenes", "settings", "smoke"}
+WITHOUT_DATA = {"debias", "ablation", "scenes", "settings", "smoke"}
 WITH_WEIGHTS = {"sharegpt4v", "sharegpt4v_ablation"}
 
 
