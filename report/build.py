@@ -46,8 +46,8 @@ def inputs(smoke=False):
     if missing := [name for name in NEEDED if name not in folders]:
         runs = [f"make report PROFILE={name}" for name in (["smoke"] if smoke else missing)]
         raise FileNotFoundError(f"the report lacks results: run {' and '.join(runs)}")
-    files = [path for folder in {*folders.values()} for path in ROOT.glob(f"{folder[1:]}/*")]
-    files = json.dumps(sorted(f"/{path.relative_to(ROOT)}" for path in files))
+    paths = [path for folder in {*folders.values()} for path in ROOT.glob(f"{folder[1:]}/*.*")]
+    files = json.dumps(sorted(f"/{path.relative_to(ROOT)}" for path in paths))
     machines = sorted(path.stem for path in ROOT.glob("results/latency/*.csv"))
     latency = {"latency": f"/results/latency/{machines[0]}"} if machines else {}
     return {**folders, **latency, "files": files}
