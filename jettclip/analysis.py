@@ -10,6 +10,7 @@ import pandas as pd
 import scipy  # loads scipy.stats, which takes half a second, when it is used
 import torch
 
+from .datasets.published import sentences
 from .evaluate import difference_interval, interval, ranks
 from .text import tokenizer
 
@@ -77,10 +78,10 @@ PERTURBATIONS = {  # name: (sentences, rng) -> sentences
 
 def perturb(caption, perturbation, rng):
     """A caption "A. B. C." under one of PERTURBATIONS; one of a single sentence stays as it is."""
-    sentences = caption.strip().rstrip(".").split(". ")
-    if perturbation == "as written" or len(sentences) < 2:
+    parts = sentences(caption)
+    if perturbation == "as written" or len(parts) < 2:
         return caption
-    return ". ".join(PERTURBATIONS[perturbation](sentences, rng)).rstrip(".") + "."
+    return ". ".join(PERTURBATIONS[perturbation](parts, rng)).rstrip(".") + "."
 
 
 def perturbed_captions(captions, seed=0):
@@ -156,10 +157,10 @@ def neighbour_overlap(x, y, k=10, chunk=4096):
     return torch.cat(shares).numpy()
 
 
-def efficiency(history, base, queries):
-    """When each run reaches the target: the final recall at 1 of the run `base`.
+def efficiency(history, base, queries, k=1):
+    """When each run reaches the target: the final recall at k of the run `base`.
 
-    history: model, step, seconds, long_t2i_r1 of `queries` queries, a row per evaluation. A run
+    history: model, step, seconds, long_t2i_r{k} of `queries` queries, a row per evaluation. A run
     reaches the target between two evaluations -> table: model, against, target, step_before, step,
     seconds_before, seconds (NaN: never reached), and how many times as long `base` takes, as far as
     these evaluations tell: step_ratio_low, step_ratio_high (infinite if a run's first evaluation
@@ -167,11 +168,12 @@ def efficiency(history, base, queries):
     ranking has it with a probability of 0.05 or more.
     """
     history = history.reset_index(drop=True)
-    target = history[history.model == base].long_t2i_r1.iloc[-1]
-    chance = scipy.stats.binom.sf(round(target * queries) - 1, queries, 1 / queries)
+    recall = history[f"long_t2i_r{k}"]
+    target = recall[history.model == base].iloc[-1]
+    chance = scipy.stats.binom.sf(round(target * queries) - 1, queries, min(1, k / queries))
     before = history.groupby("model")[["step", "seconds"]].shift(fill_value=0)
     history = history.join(before.add_suffix("_before"))
-    reached = history[history.long_t2i_r1 >= target].groupby("model").first()
+    reached = history[recall >= target].groupby("model").first()
     columns = ["step_before", "step", "seconds_before", "seconds"]
     models = history.model.unique() if chance < 0.05 else []
     table = reached[columns].reindex(pd.Index(models, name="model")).reset_index()

@@ -48,17 +48,21 @@ def save_folder(model, folder):
         raise ValueError(f"{model.name} is reparameterised: save the model before folding")
     folder, config = Path(folder), model.config
     state = {key: value.detach().contiguous().cpu() for key, value in model.state_dict().items()}
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    if "timm_model_name" in vision:  # open_clip knows no other sizes of a timm model
-        vision = {k: v for k, v in vision.items() if k.startswith("timm_") or k == "image_size"}
-    text = {key: value for key, value in text.items() if value is not False}
-    clip = {"embed_dim": config["embed_dim"], "vision_cfg": vision, "text_cfg": text}
+    clip = {key: value for key, value in config.items() if key not in ("text_tower", "preprocess")}
     clip |= {"quick_gelu": config.get("quick_gelu", False), "custom_text": True}
-    preprocess = {**config["preprocess"], "resize_mode": "shortest", "size": model.image_size}
+    if config["text_tower"] != "open_clip":
+        vision, text = config["vision_cfg"], config["text_cfg"]
+        if "timm_model_name" in vision:  # open_clip knows no other sizes of a timm model
+            vision = {k: v for k, v in vision.items() if k.startswith("timm_") or k == "image_size"}
+        text = {key: value for key, value in text.items() if value is not False}
+        clip |= {"vision_cfg": vision, "text_cfg": text}
+    preprocess = {"resize_mode": "shortest", **config["preprocess"], "size": model.image_size}
     ours = {"name": model.name, "config": config}
     saved = {"model_cfg": clip, "preprocess_cfg": preprocess, "jettclip": ours}
     card = MODEL_CARD.format(model=model, config=config)
     with disk_space(folder):
+        if config["text_tower"] == "open_clip":
+            model.save_tokenizer(folder)
         write_then_rename(folder / WEIGHTS, lambda path: save_file(state, path))
         write_json(folder / CONFIG, saved)
         write_then_rename(folder / "README.md", lambda path: path.write_text(card, "utf-8"))

@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as transform
 
 from .datasets import collage, published, rulers, scenes
 from .inputs import Unreadable, digest, read_checked, read_photo
-from .models import PLAIN
+from .models import CLIP, PLAIN
 from .text import tokenizer
 from .utils import nearest
 
@@ -26,6 +26,9 @@ SOURCES = published.SOURCES | rulers.SOURCES  # read from a folder
 COLUMNS = ["image", "long", "short", "split", "key"]  # image: encoded bytes or a path
 IN_MEMORY = 2 << 30  # bytes of decoded images that a PairDataset keeps
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+SEVERAL = ("flickr8k", "coco", "karpathy")  # sources with several captions of an image
 
 
 def load_pairs(source, root=None, split="train", n=None, seed=0, image_size=64, draws=1):
@@ -43,8 +46,8 @@ def load_pairs(source, root=None, split="train", n=None, seed=0, image_size=64, 
             raise ValueError(nearest(word, words, what))
     if source in rulers.SOURCES and split != "test":
         raise ValueError(f"{source} has no split {split!r}: it is a test set")
-    if draws > 1 and source not in ("flickr8k", "coco", "karpathy"):
-        raise ValueError(f"{source} has one caption of each image: set caption_draws to 1")
+    if draws > 1 and source not in SEVERAL:
+        raise ValueError(f"{source} has one caption of each image: there are no other orders")
     if source == "scenes":
         return scenes.make_pairs(n, 3 * seed + published.SPLITS.index(split), image_size, split)
     if source == "collage":
@@ -59,6 +62,25 @@ def load_pairs(source, root=None, split="train", n=None, seed=0, image_size=64, 
         for column in ("long", "short"):
             table[column + "s"] = np.stack([order[column] for order in orders], axis=1).tolist()
     return table.head(n) if n else table
+
+
+def random_subset(caption, rng):
+    """DeBias-CLIP's short caption (arXiv 2602.22419): not the first sentence, and of the others a
+    random number in their order. A caption of one sentence stays as it is."""
+    rest = published.sentences(caption)[1:]
+    kept = np.sort(rng.permutation(len(rest))[: rng.integers(len(rest) or 1) + 1])
+    return ". ".join(rest[i] for i in kept).rstrip(".") + "." if rest else caption
+
+
+def with_subsets(table, draws, seed=0):
+    """A pairs table whose `shorts` are `draws` of `random_subset` of each row's long caption, or of
+    its `longs`, which stay. The draws follow from (seed, row, draw)."""
+    longs = table.longs if "longs" in table else table.long.map(lambda long: [long] * draws)
+    shorts = [
+        [random_subset(x, np.random.default_rng([seed, row, k])) for k, x in enumerate(orders)]
+        for row, orders in enumerate(longs)
+    ]
+    return table.assign(longs=longs, shorts=shorts)
 
 
 def load_details(source, root=None, n=1000, seed=0, image_size=64):
@@ -149,23 +171,37 @@ class PairDataset(Dataset):
 
     crops: of `draw_crops`; by default the whole image. draws: crop k reads the table's longs and
     shorts in their k-th order (and round again). preprocess: how the model scales pixels.
+    padding_front: of short captions, see `pad_front`.
 
     Decoded images and token ids are kept while they fit `IN_MEMORY`. A larger table stays encoded,
     in Arrow's buffers, and a row is read when it is asked for.
     """
 
     def __init__(
-        self, table, image_size, context_length=248, crops=None, draws=False, preprocess=PLAIN
+        self,
+        table,
+        image_size,
+        context_length=248,
+        crops=None,
+        draws=False,
+        preprocess=PLAIN,
+        tokenize=None,
+        padding_front=False,
     ):
         self.image_size, self.context_length = image_size, context_length
+        self.padding_front = padding_front
+        self.tokenize = tokenize  # None: CLIP's own, which a worker makes for itself
         self.preprocess, self.keys = preprocess, list(table.key)
         self.crops = draw_crops(len(table), 1, seed=0) if crops is None else crops
-        self.draws = len(table.longs.iloc[0]) if draws and len(table) else 1
+        self.draws = 1
+        if draws and len(table):
+            self.draws = min(len(table.longs.iloc[0]), self.crops.shape[1])
         self.captions = ["longs", "shorts"] if draws else ["long", "short"]
         columns = ["image", *self.captions, *table.columns.intersection(["digest"])]
         self.table = pa.Table.from_pandas(table[columns], preserve_index=False).combine_chunks()
         hashed = hashlib.sha256(fingerprint(table).encode() + self.crops.tobytes())
-        hashed.update(repr((image_size, context_length, preprocess)).encode())
+        options = (image_size, context_length, preprocess, *[padding_front] * padding_front)
+        hashed.update(repr(options).encode())
         for captions in self.captions if draws else ():
             hashed.update(repr(self.table[captions].to_pylist()).encode())
         self.fingerprint = hashed.hexdigest()  # of all that decides what this data set yields
@@ -187,7 +223,8 @@ class PairDataset(Dataset):
         captions = (self.table[name].take(rows).to_pylist() for name in self.captions)
         if self.captions == ["longs", "shorts"]:
             captions = ([texts[i] for texts, i in zip(x, draws, strict=True)] for x in captions)
-        return tuple(map(tokenizer(self.context_length), captions))
+        long, short = map(self.tokenize or tokenizer(self.context_length), captions)
+        return long, pad_front(short) if self.padding_front else short
 
     long = property(lambda self: self.tokens(range(len(self)))[0])  # (N, L), in their first order
     short = property(lambda self: self.tokens(range(len(self)))[1])
@@ -241,6 +278,13 @@ class PairDataset(Dataset):
         return part, np.stack([np.arange(len(rows)), ks], axis=1)
 
 
+def pad_front(tokens):
+    """Tokens (B, L) with their padding before the text, which then stands at the last places."""
+    padding = tokens.shape[1] - 1 - tokens.argmax(dim=1, keepdim=True)  # (B, 1)
+    places = (torch.arange(tokens.shape[1]) - padding) % tokens.shape[1]  # (B, L)
+    return tokens.gather(1, places)
+
+
 class Batches(Dataset):
     """Reads whole batches. A worker gets no table, but with each batch its rows."""
 
@@ -249,10 +293,12 @@ class Batches(Dataset):
         return dataset.batch(batch)
 
 
-def dataset_for(model, table, crops=None, draws=False):
+def dataset_for(model, table, crops=None, draws=False, padding_front=False):
     """A PairDataset of `table` with the pixels and tokens that `model` reads."""
+    tokenize = None if isinstance(model, CLIP) else model.tokenizer
+    sizes = model.image_size, model.context_length
     preprocess = model.config["preprocess"]
-    return PairDataset(table, model.image_size, model.context_length, crops, draws, preprocess)
+    return PairDataset(table, *sizes, crops, draws, preprocess, tokenize, padding_front)
 
 
 def epoch_batches(n, batch_size, seed, epoch, crops=1):

@@ -3,11 +3,13 @@
     python -m jettclip.features JOB.json                        # one process
     torchrun --nproc-per-node 8 -m jettclip.features JOB.json   # one per GPU, on shares of the rows
 
-A cache folder holds `image.npy` (N, K, d), `long.npy`, `short.npy` (N, d), normalised, in fp16, and
-`crops.npy` (N, K, 4). Primary components are not in it: they belong to the student's batch.
+A cache folder holds `image.npy` (N, K, d), `long.npy`, `short.npy` (N, D, d), normalised, in fp16,
+and `crops.npy` (N, K, 4). With crop k goes caption draw k, and round again. Primary components are
+not in it: they belong to the student's batch.
 """
 
 import hashlib
+import json
 import os
 from functools import partial
 from pathlib import Path
@@ -26,6 +28,7 @@ from .runs import code_hash
 from .utils import progress, read_json, write_json, write_then_rename
 
 FILES = ("image", "long", "short", "crops")
+SEEN = ("image_size", "context_length", "preprocess", "padding_front")  # how a row is read
 CODE = ("inputs", "data", "text", "models", "features")  # modules that decide the features
 
 
@@ -42,7 +45,7 @@ class FeatureCache:
         # not "r": PyTorch warns of read-only arrays
         files = [np.load(self.folder / f"{name}.npy", mmap_mode="c") for name in FILES]
         self.image, self.long, self.short, self.crops = files
-        # (N K, d), (N, d), (N, d): PyTorch gathers rows with all threads
+        # (N K, d), (N D, d), (N D, d): PyTorch gathers rows with all threads
         self.flat = [torch.from_numpy(file).flatten(0, -2) for file in files[:3]]
 
     def verify(self):
@@ -56,13 +59,14 @@ class FeatureCache:
         Resumes a killed run, with the same bytes. Processes of one torchrun share the batches. A
         cache that is damaged or of other inputs is replaced.
         """
-        folder, (n, k, _), width = Path(folder), dataset.crops.shape, teacher.config["embed_dim"]
+        folder, (n, k, _), draws = Path(folder), dataset.crops.shape, dataset.draws
+        width, text_width = getattr(teacher, "widths", None) or [teacher.config["embed_dim"]] * 2
         if not n:
             raise ValueError("there are no pairs, and no features to store")
         source = {"teacher": teacher_hash, "data": fingerprint(table), "code": code_hash(*CODE)}
         source["crops"] = hashlib.sha256(dataset.crops.tobytes()).hexdigest()
-        source |= {"rows": n, "augmentations": k, "width": width, "dtype": "float16"}
-        source |= {x: getattr(dataset, x) for x in ("image_size", "context_length", "preprocess")}
+        source |= {"rows": n, "augmentations": k, "draws": draws, "width": width}
+        source |= {x: getattr(dataset, x) for x in SEEN}
         if is_first() and (folder / "manifest.json").exists():
             try:
                 cls.open(folder, **source).verify()
@@ -74,10 +78,8 @@ class FeatureCache:
         if (folder / "manifest.json").exists():
             return cls(folder)
         manifest = {**source, "batch_size": batch_size}
-        batches = [batch for view in range(k) for batch in in_order(n, batch_size, view)]
-        rows = np.argsort(table.long.str.len().to_numpy(), kind="stable")  # by length: less padding
-        batches += np.split(rows, range(batch_size, n, batch_size))
-        shapes = {"image": (n, k, width), "long": (n, width), "short": (n, width)}
+        batches = _batches(table.long, k, draws, batch_size)
+        shapes = {"image": (n, k, width)} | dict.fromkeys(("long", "short"), (n, draws, text_width))
         if is_first():
             _prepare(folder, manifest, {**shapes, "done": (len(batches),)})
         wait_for_all()
@@ -113,11 +115,40 @@ class FeatureCache:
     def rows(self, index, k):
         """Normalised image, long, short features (B, d) of rows `index` (B,) in crops `k` (B,)."""
         index, k = (torch.as_tensor(x, dtype=torch.long) for x in (index, k))
-        crops = self.image.shape[1]
+        crops, draws = self.image.shape[1], self.long.shape[1]
         if outside := k[(k < 0) | (k >= crops)].tolist():  # another row's; PyTorch checks the index
             raise IndexError(f"{self.folder} has crops 0 to {crops - 1}, not {outside[:5]}")
-        places = index * crops + k, index, index
+        text = index * draws + k % draws
+        places = index * crops + k, text, text
         return tuple(x.index_select(0, i).float() for x, i in zip(self.flat, places, strict=True))
+
+
+class CachedFeatures:
+    """The rows of a FeatureCache in place of pixels and tokens: what heads learn from and read."""
+
+    in_memory = True
+
+    def __init__(self, cache, table):
+        self.cache, self.crops, self.keys = cache, cache.crops, list(table.key)
+        self.draws = cache.long.shape[1]
+        for name in SEEN:
+            setattr(self, name, cache.manifest[name])
+        sums = json.dumps(cache.manifest["sha256"], sort_keys=True)
+        self.fingerprint = hashlib.sha256(sums.encode()).hexdigest()
+
+    def __len__(self):
+        return len(self.crops)
+
+    def scaled(self, features):
+        return features
+
+    def batch(self, rows_and_crops):
+        """Features (B, w) of images, long and short captions."""
+        return self.cache.rows(*np.asarray(rows_and_crops).T)
+
+    def tokens(self, rows, k=0):
+        """Features (B, w) of the long and short captions of `rows` (B,), as crop `k` has them."""
+        return self.cache.rows(rows, np.full(len(rows), k))[1:]
 
 
 def _digest(path, key):
@@ -166,21 +197,35 @@ def _prepare(folder, manifest, shapes):
     write_json(started, manifest)
 
 
+def _batches(captions, crops, draws, batch_size):
+    """("image" or "text", (b, 2) of row and crop or draw): all that a teacher reads."""
+    n, batches = len(captions), []
+    for k in range(crops):
+        batches += [("image", batch) for batch in in_order(n, batch_size, k)]
+    order = np.argsort(captions.str.len().to_numpy(), kind="stable")  # less padding
+    for k in range(draws):
+        for batch in in_order(n, batch_size, k):
+            batches.append(("text", np.stack([order[batch[:, 0]], batch[:, 1]], axis=1)))
+    return batches
+
+
 @torch.inference_mode()
 def _fill(folder, teacher, dataset, batches, report):
     """Compute this process's share of the batches, without those that a killed run has done."""
     files = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in (*FILES[:3], "done")}
     done, device = files["done"], teacher.eval().logit_scale.device
     missing, pending = [i for i in range(rank(), len(batches), world_size()) if not done[i]], []
-    images = loader(dataset, [batches[i] for i in missing if batches[i].ndim == 2], device)
+    images = loader(dataset, [batches[i][1] for i in missing if batches[i][0] == "image"], device)
     for i in progress(missing, len(missing), "teacher features", report=report):
-        if batches[i].ndim == 2:  # rows and crops of images
-            place, (_, _, pixels, *_) = tuple(batches[i].T), next(images)
-            _store(files, place, dataset.keys, image=teacher.encode_image(pixels, normalize=True))
-        else:  # rows of captions
-            tokens = (side.to(device) for side in dataset.tokens(batches[i]))
+        kind, (rows, ks) = batches[i][0], batches[i][1].T
+        if kind == "image":
+            _, _, pixels, *_ = next(images)
+            features = {"image": teacher.encode_image(pixels, normalize=True)}
+        else:
+            tokens = (side.to(device) for side in dataset.tokens(rows, ks[0]))
             long, short = (teacher.encode_text(side, normalize=True) for side in tokens)
-            _store(files, (batches[i],), dataset.keys, long=long, short=short)
+            features = {"long": long, "short": short}
+        _store(files, (rows, ks), dataset.keys, features)
         pending.append(i)
         if len(pending) == 20 or i == missing[-1]:
             for file in files.values():  # features are on the disk before they are marked as done
@@ -189,14 +234,14 @@ def _fill(folder, teacher, dataset, batches, report):
             pending.clear()
 
 
-def _store(files, place, keys, **features):
-    """Write features (b, d) at `place`, whose first item is their rows; refuse broken ones."""
+def _store(files, place, keys, features):
+    """Write features (b, d) at `place`, their rows and crops or draws; refuse broken ones."""
     for name, x in features.items():
         x = x.half().cpu().numpy()
-        broken = ~np.isclose(np.linalg.norm(x.astype(np.float32), axis=1), 1, atol=1e-2)
+        broken = ~(np.linalg.norm(x.astype(np.float32), axis=1) > 0) | np.isinf(x).any(axis=1)
         if broken.any():  # NaN too
             rows = ", ".join(str(keys[row]) for row in place[0][broken][:5])
-            raise ValueError(f"the teacher's {name} features of {rows} are not finite unit vectors")
+            raise ValueError(f"the teacher's {name} features of {rows} are zero or not finite")
         files[name][place] = x
 
 
@@ -205,7 +250,9 @@ def run(job, report=tqdm.write):
     teacher = load_folder(job["teacher"]).to(distributed.device())
     table = pd.read_parquet(job["data"])
     options = (job[key] for key in ("augmentations", "seed", "smallest_crop", "flip"))
-    dataset = dataset_for(teacher, table, draw_crops(len(table), *options))
+    crops = draw_crops(len(table), *options)
+    draws, padding_front = "longs" in table, job.get("padding_front", False)
+    dataset = dataset_for(teacher, table, crops, draws, padding_front)
     source = teacher, file_hash(job["teacher"]), table, dataset
     return FeatureCache.build(job["folder"], *source, job["batch_size"], report)
 

@@ -11,6 +11,7 @@ the flags `hybrid` and `mask_padding` of our text towers.
 import copy
 import math
 from functools import partial
+from pathlib import Path
 
 import open_clip
 import timm
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transformer import QuickGELU, VisionTransformer
-from timm.layers import BatchNormAct2d, ConvNormAct, LayerNorm
+from timm.layers import BatchNormAct2d, LayerNorm
 from timm.models import fastvit_mci0, register_model, vit_base_mci_224
 from timm.models.fastvit import LayerScale2d
 from timm.utils import reparameterize_model
@@ -26,7 +27,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.transforms import v2
 
-from . import checkpoints
+from . import checkpoints, hub, openclip
 from .inputs import read_photo
 from .text import CONTEXT, HybridText, TransformerText, tokenizer
 from .utils import nearest
@@ -37,6 +38,7 @@ PIXELS_AT_ONCE = 4 * 256**2  # of a CPU in evaluation: the activations of more d
 # MobileCLIP scales pixels to [0, 1] and does no more.
 PLAIN = {"mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bilinear"}
 OPENAI = {"mean": [*OPENAI_DATASET_MEAN], "std": [*OPENAI_DATASET_STD], "interpolation": "bicubic"}
+HALF = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}  # EfficientNet-Lite
 MOBILECLIP2 = OPENAI | {"interpolation": "bilinear"}  # S3, S4
 LONG = {"context_length": CONTEXT}
 MASKED = LONG | {"mask_padding": True}
@@ -63,12 +65,37 @@ def _open_clip(name, tower, preprocess=PLAIN, text=None):
     return {**config, "text_tower": tower, "preprocess": preprocess}
 
 
+LIT = {  # a teacher: ImageNet's EfficientNet-Lite2 and MiniLM, with a head each
+    "embed_dim": 512,
+    "vision_cfg": {
+        "timm_model_name": "tf_efficientnet_lite2",
+        "timm_pool": "avg",
+        "timm_proj": "mlp",
+        "timm_drop": 0.7,
+        "image_size": 224,
+    },
+    "text_cfg": {
+        "hf_model_name": openclip.MINILM,
+        "hf_tokenizer_name": openclip.MINILM,
+        "hf_model_pretrained": False,
+        "hf_pooler_type": "mean_pooler",
+        "hf_proj_type": "mlp",
+        "context_length": CONTEXT,
+    },
+    "text_tower": "open_clip",
+    "preprocess": HALF,
+}
+LITE = {"timm_model_name": "tf_efficientnet_lite0", "timm_pool": "avg", "timm_proj": None}
+LITE |= {"image_size": 128}
+
 MODELS = {
     "JettCLIP-T": _tiny([24, 48, 96, 192], 96, 3),
     "JettCLIP-S0": _open_clip("MobileCLIP2-S0", "length_aware", PLAIN, HYBRID | MASKED),
     "JettCLIP-S1": _open_clip("MobileCLIP-S1", "length_aware", PLAIN, MASKED),
     "JettCLIP-S2": _open_clip("MobileCLIP-S2", "length_aware", PLAIN, MASKED),
     "JettCLIP-B": _open_clip("MobileCLIP-B", "length_aware", PLAIN, LONG),  # causal: needs no mask
+    "JettCLIP-Lite": _tiny([], 128, 4) | {"vision_cfg": LITE, "embed_dim": 256, "preprocess": HALF},
+    "LiT-Lite2": LIT,
     "LongCLIP-T": _tiny([32, 64, 128, 256], 128, 4),
     "LongCLIP-B": _open_clip("ViT-B-16-quickgelu", "longclip", OPENAI, LONG),
     "LongCLIP-L": _open_clip("ViT-L-14-quickgelu", "longclip", OPENAI, LONG),
@@ -202,6 +229,10 @@ class CLIP(nn.Module):
         features = self.text(tokens)
         return F.normalize(features, dim=1) if normalize else features
 
+    @property
+    def tokenizer(self):
+        return tokenizer(self.context_length)
+
     def forward(self, image, tokens):
         """-> normalised image and text features (both (B, embed_dim)), logit scale."""
         image, text = self.encode_image(image, True), self.encode_text(tokens, True)
@@ -216,6 +247,14 @@ def create_model(name, pretrained=None, device="cpu", text_tower=None, stretch="
     {"image": file, "text": file}. A run of another name or of other sizes is a ValueError.
     text_tower: one of TEXT_TOWERS. stretch: see `stretch_positions`. sizes: see `model_config`.
     """
+    if name not in list_models() and openclip.known(name):
+        return openclip.create(name, pretrained).eval().to(device)
+    if pretrained == "pip":
+        model = new(model_config(name, text_tower, **sizes), name)
+        openclip.fill(model)
+        return model.to(device)
+    if isinstance(pretrained, str) and not Path(pretrained).exists():
+        pretrained = hub.published(name, pretrained) or pretrained
     state, ours = (None, None) if pretrained is None else checkpoints.read_state(pretrained)
     if ours:
         model, asked = _ours(state, ours, pretrained), {"text_tower": text_tower, **sizes}
@@ -233,11 +272,18 @@ def create_model(name, pretrained=None, device="cpu", text_tower=None, stretch="
     is_vit = vision.get("timm_model_name") == "vit_base_mci_224"
     if is_vit and state is not None and checkpoints.is_apple_vit(state):
         vision["timm_model_name"] = "vit_base_mci_apple"
-    model = CLIP(config, name)
+    model = new(config, name)
     if state is not None:
         checkpoints.fill(model, state, pretrained, stretch)
         model.eval()
     return model.to(device)
+
+
+def new(config, name, folder=None):
+    """The model of a configuration, with random weights. folder: of its Hugging Face files."""
+    if config["text_tower"] == "open_clip":
+        return openclip.build(config, name, folder)
+    return CLIP(config, name)
 
 
 def load_folder(folder):
@@ -249,7 +295,7 @@ def load_folder(folder):
 
 
 def _ours(state, ours, source):
-    model = CLIP(**ours)
+    model = new(**ours, folder=source if Path(source).is_dir() else None)
     checkpoints.fill(model, state, source)
     return model.eval()
 
@@ -261,8 +307,9 @@ def transforms(config):
     resize = {"interpolation": v2.InterpolationMode(preprocess["interpolation"]), "antialias": True}
     normalize = v2.Normalize(preprocess["mean"], preprocess["std"])
     scale = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalize]
+    squash = preprocess.get("resize_mode") == "squash"
     train = [read_photo, v2.RandomResizedCrop(size, scale=(0.6, 1.0), **resize)]
-    val = [read_photo, v2.Resize(size, **resize), v2.CenterCrop(size)]
+    val = [read_photo, v2.Resize([size, size] if squash else size, **resize), v2.CenterCrop(size)]
     return v2.Compose(train + scale), v2.Compose(val + scale)
 
 
@@ -285,7 +332,7 @@ def reparameterize(model):
     if model.folded:  # timm cannot fold twice
         return model
     model.folded = True
-    if isinstance(model.visual, TimmImage):
+    if hasattr(model.visual, "trunk"):  # a model of timm
         model.visual.trunk = _fold_image(model.visual.trunk).to(memory_format=torch.channels_last)
     if isinstance(model.text, HybridText):
         model.text.first.fold()
@@ -304,7 +351,10 @@ def _fold_image(trunk):
                 layer.weight.mul_(scale.gamma.view(-1, *[1] * (layer.weight.ndim - 1)))
                 layer.bias.mul_(scale.gamma.flatten())
                 setattr(module, name, nn.Identity())
-        if isinstance(module, ConvNormAct) and isinstance(module.bn, BatchNormAct2d):
-            module.conv = fuse_conv_bn_eval(module.conv, module.bn)
-            module.bn = nn.Sequential(module.bn.drop, module.bn.act)
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Conv2d):
+                conv = name
+            elif isinstance(child, BatchNormAct2d):  # of the convolution before it
+                setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), child))
+                setattr(module, name, nn.Sequential(child.drop, child.act))
     return trunk

@@ -82,7 +82,7 @@ class PhotoIndex:
         todo = [path for path in photos if path not in self.rows]
         gone = len(lost) - len(unseen)
         if gone or todo:
-            check_writable(self.file, "--index")
+            check_writable(self.file)
         added = self.embed(todo, photos) if gone or todo else []
         self.photos = [path for path in self.rows if path not in unseen]
         self.features, self.coarse = self.matrix(self.photos), None
@@ -240,7 +240,7 @@ def day_taken(path):
     return date.fromtimestamp(os.path.getmtime(path)).isoformat()
 
 
-def check_writable(file, option):
+def check_writable(file):
     """Fail now, not after the work, if `file` cannot be written."""
     file = Path(file).absolute()
     try:
@@ -249,4 +249,4 @@ def check_writable(file, option):
         if file.is_dir():
             raise IsADirectoryError(0, "it is a folder")
     except OSError as error:
-        raise OSError(f"cannot write {file} ({error.strerror}): use another {option}") from None
+        raise OSError(f"cannot write {file} ({error.strerror}): use another --index") from None

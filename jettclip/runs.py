@@ -139,11 +139,21 @@ class Run:
         row = {"loss": loss.item(), **{name: term.item() for name, term in terms.items()}}
         row["scale"] = self.model.logit_scale.exp().item()
         if validate:
-            row |= {name: float(value) for name, value in validate(self.model.eval()).items()}
+            found = {name: float(value) for name, value in validate(self.model.eval()).items()}
+            earlier = [sum(past[name] for name in found) for past in self.history]
+            if self.config.keep_best and sum(found.values()) > max(earlier, default=-1):
+                state, best = self.model.state_dict(), self.folder / "best.ckpt"
+                write_then_rename(best, lambda path: torch.save(state, path))
+            row |= found
         self.history.append({"step": step, "seconds": round(seconds, 1), **row})
         numbers = " ".join(f"{name} {value:.3f}" for name, value in row.items())
         times = f"{seconds:.0f} s, about {seconds / step * (steps - step):.0f} s left"
         self.report(f"{self.folder.name} step {step}/{steps} {numbers} | {times}")
+
+    def load_best(self):
+        if self.config.keep_best:
+            state = torch.load(self.folder / "best.ckpt", map_location="cpu", weights_only=True)
+            self.model.load_state_dict(state)
 
     def not_finite(self, terms, sides, keys):
         """Save what is needed to look into a loss or gradient that is no number -> the error.

@@ -19,9 +19,8 @@ import regex
 
 from . import web
 from .deploy import runtime
-from .photos import PhotoIndex, check_writable, say
+from .photos import PhotoIndex, say
 from .utils import shown, write_then_rename
-from .web import page
 
 
 def cached(*key):
@@ -33,6 +32,10 @@ def cached(*key):
 def open_model(source, name=None, backend="onnxruntime"):
     """The exported model of `source`; exports a run folder or a checkpoint of model `name` once."""
     path = Path(str(source).removeprefix("openai:")).expanduser()
+    if not path.exists() and regex.fullmatch(r"\w+CLIP\w*-[\w-]+", str(source)):
+        from . import hub  # with open_clip, which takes seconds
+
+        name, path = source, hub.published(source)
     if (path / runtime.CONFIG).exists():
         return runtime.load(path, backend)
     path = path / "student" if (path / "student").is_dir() else path
@@ -91,13 +94,12 @@ def parse(argv):
         metavar="COSINE",
         help="find groups of near-duplicates (default: %(const)s or more), the largest file first",
     )
-    add("--model", help="export folder, run folder or checkpoint; default: the folder's last")
+    add("--model", help="export, run folder, checkpoint, name (MobileCLIP2-S0); default: the last")
     add("--name", help="the model that a published checkpoint holds, such as JettCLIP-S0")
     add("--backend", choices=runtime.BACKENDS, default="onnxruntime", help="default: onnxruntime")
     add("--top", type=int, default=5, help="photos to show (default: %(default)s)")
     add("--index", type=path, help="default: FOLDER/.jettclip/index.npz")
     add("--json", action="store_true", help="print objects, one a line: path, score")
-    add("--html", type=path, help="write a page with thumbnails to this file")
     add("--web", action="store_true", help="serve a page on this machine")
     args = parser.parse_intermixed_args(argv)
     if args.without and not (args.text or args.image):
@@ -138,8 +140,6 @@ def main(argv=None):
     errors = "backslashreplace" if sys.stdout.isatty() else "surrogateescape"
     sys.stdout.reconfigure(errors=errors)
     try:
-        if args.html:
-            check_writable(args.html, "--html")
         index = PhotoIndex(args.folder, choose_model(args), args.index)
         counts = index.update()
         done, seconds = counts["new"] + counts["changed"], counts.pop("seconds")
@@ -147,10 +147,7 @@ def main(argv=None):
         speed = f"; indexed {done / seconds:.0f} a second" if done else ""
         say(f"{len(index.photos):,} photos; {summary}{speed}")
         if args.text or args.image or args.duplicates:
-            show(groups := find(index, args), args.json)
-            if args.html:
-                content = page(args.text, sum(groups, [])).encode(errors="replace")
-                write_then_rename(args.html, lambda file: file.write_bytes(content))
+            show(find(index, args), args.json)
         if args.web:
             server, address = web.server(index)
             say(f"open {address} (Ctrl+C ends it)")

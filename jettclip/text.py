@@ -75,11 +75,16 @@ class TextTower(nn.Module):
             raise ValueError(f"tokens of shape {shape}: this model reads (B, up to {longest})")
         if not len(tokens):
             return self.text_projection.new_empty(0, self.text_projection.shape[1])
+        positions = self.positional_embedding
+        if self.trims and not tokens[:, 0].all():  # padding in front has no influence either
+            start = (tokens.cumsum(dim=1) == 0).sum(dim=1, keepdim=True)  # (B, 1)
+            places = (torch.arange(shape[1], device=tokens.device) + start) % shape[1]  # (B, L)
+            tokens, positions = tokens.gather(1, places), positions[places]  # text first, (B, L, d)
         end = tokens.argmax(dim=1)  # (B, L) -> (B,)
         length = int(end.max()) + 1 if self.trims else longest
         tokens = F.pad(tokens, (0, length - shape[1]))  # cuts where this is negative
         # One look-up for all groups: the gradient of each would be as large as the vocabulary.
-        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # (B, L, d)
+        x = self.token_embedding(tokens) + positions[..., :length, :]  # (B, L, d)
         return self.encode_batch(x, end) if self.trims else self.encode(x, end)
 
     def encode_batch(self, x, end):

@@ -42,6 +42,7 @@ class Config:
     batch_size: int = 128  # of all processes together
     chunk: int = 0  # rows in memory at once; 0: all
     lr: float = 1e-3
+    image_lr: float = 0.0  # of an image tower that is pretrained; 0: lr
     warmup: int = 20
     weight_decay: float = 0.1
     seed: int = 0
@@ -54,6 +55,7 @@ class Config:
     teacher_scale: float = 100.0
     frozen_positions: int = 0  # first rows of the text's position table (Long-CLIP: 20)
     bf16: bool = False
+    keep_best: bool = False  # the student is that of the best evaluation, not of the last step
     eval_every: int = 50
     save_every: int = 50  # a checkpoint is also written every minute
 
@@ -77,10 +79,15 @@ def learning_rate(step, config):
 def optimizer_of(model, config, heads=None):
     """AdamW. Only kernels, matrices and word embeddings decay: no norms, biases, scales, positions
     or class tokens."""
-    groups = [{"params": [], "weight_decay": decay} for decay in (config.weight_decay, 0.0)]
+    # (factor of the learning rate, weight decay): parameters
+    groups = {(1.0, config.weight_decay): [], (1.0, 0.0): []}
     for name, p in (*model.named_parameters(), *(heads.named_parameters() if heads else ())):
         decays = p.ndim > 1 and name.endswith(("weight", "proj", "projection"))
-        groups[not decays]["params"].append(p)
+        slower = config.image_lr and name.startswith("visual.")
+        key = config.image_lr / config.lr if slower else 1.0, config.weight_decay * decays
+        if p.requires_grad:
+            groups.setdefault(key, []).append(p)
+    groups = [{"params": ps, "rate": r, "weight_decay": d} for (r, d), ps in groups.items()]
     fused = model.logit_scale.is_cuda or None
     return torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.98), eps=1e-6, fused=fused)
 
@@ -151,6 +158,11 @@ def grad_cache(model, inputs, objective, config):
     for chunk, gradient in zip(chunks, gradients, strict=True):
         torch.autograd.backward(encode(model, chunk, config.bf16), gradient)
     return loss, terms, features
+
+
+def channels_last(images):
+    """Images in the format that convolutions are fastest in; cached features (B, w) as they are."""
+    return images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images
 
 
 def hide_patches(images, seed, step, first=0):
@@ -224,7 +236,7 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=tqdm.w
         for rows, ks, images, *captions in batches:
             run.step += 1
             model.train()
-            images = images.contiguous(memory_format=torch.channels_last)
+            images = channels_last(images)
             inputs = [images, *captions]
             if "mfd" in methods:
                 inputs.append(hide_patches(images, config.seed, run.step, rank() * len(images)))
@@ -238,7 +250,7 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=tqdm.w
             if config.frozen_positions:
                 model.text.positional_embedding.grad[: config.frozen_positions] = 0
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(run.step - 1, config)
+                group["lr"] = group["rate"] * learning_rate(run.step - 1, config)
             average_gradients(trained)
             norm = get_total_norm([p.grad for p in trained if p.grad is not None])
             if not torch.isfinite(loss + norm):  # no weight takes it, no checkpoint holds it
@@ -258,6 +270,7 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=tqdm.w
             if is_first() and (evaluate or save):
                 run.save()
         model.to(memory_format=torch.contiguous_format).eval()
+        run.load_best()
         if is_first():
             save_folder(model, folder / "student")
     return model
@@ -290,7 +303,9 @@ def run(job, report=tqdm.write):
         clip = fit(clip, plain, short, folder / "clip77", report=report)
         fill(student, clip.state_dict(), "clip77", first["stretch"])
         torch.manual_seed(config.seed)
-    dataset, val = dataset_for(student, train, crops), dataset_for(student, val)
+    seen = caches[0].manifest  # how the teacher read the captions
+    dataset = dataset_for(student, train, crops, seen["draws"] > 1, seen["padding_front"])
+    val = dataset_for(student, val)
     return fit(student, config, dataset, folder, caches, lambda model: recall(model, val), report)
 
 

@@ -1,7 +1,5 @@
-"""What search shows: thumbnails, and the page that --web serves."""
+"""The page that --web serves."""
 
-import base64
-import html
 import io
 import json
 import secrets
@@ -16,10 +14,6 @@ from PIL import Image
 from .inputs import read_photo
 from .utils import shown
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Photos found</title><style>
-body { font: 1em sans-serif } figure { display: inline-block; width: 14em; vertical-align: top }
-img { width: 100% } figcaption { overflow-wrap: anywhere }</style><h1>Photos found</h1>"""
-
 
 def thumbnail(path, size=320):
     """JPEG of at most `size` pixels a side; grey where the photo is unreadable by now."""
@@ -30,17 +24,6 @@ def thumbnail(path, size=320):
     image.thumbnail((size, size))
     image.save(jpeg := io.BytesIO(), "JPEG", quality=85)
     return jpeg.getvalue()
-
-
-def page(text, found):
-    """A self-contained HTML page: the description, and the photos found with their scores."""
-    figures = ""
-    for path, score in found:
-        source = "data:image/jpeg;base64," + base64.b64encode(thumbnail(path)).decode()
-        link, name = path.resolve().as_uri(), html.escape(shown(path))
-        figures += f'<figure><a href="{link}"><img src="{source}" alt="{name}"></a>'
-        figures += f"<figcaption>{score:.3f} {name}</figcaption></figure>\n"
-    return f"{PAGE}<p>{html.escape(text)}</p>\n{figures}</html>\n"
 
 
 def server(index):

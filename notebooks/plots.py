@@ -6,11 +6,13 @@ A table has a row for each point; `value`, `low` and `high` are a measurement an
 
 import re
 import textwrap
+from functools import partial
 from itertools import cycle
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
+from PIL import Image
 
 from jettclip.utils import write_then_rename
 
@@ -102,8 +104,10 @@ def error_bars(rows):
 
 
 def show_image(axis, image):
-    """Draw an image (uint8 (3, H, W)) pixel by pixel."""
-    axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")  # -> (H, W, 3)
+    """Draw an image (uint8 (3, H, W)) pixel by pixel, a large one as a thumbnail."""
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())  # -> (H, W, 3)
+    picture.thumbnail((160, 160))
+    axis.imshow(picture, interpolation="nearest")
 
 
 # ---- images
@@ -111,7 +115,8 @@ def show_image(axis, image):
 
 def contact_sheet(images, titles, columns=4, width=6.3):
     """A grid of images (uint8 (3, H, W)), each below its title -> figure, `width` inches wide."""
-    titles = [textwrap.wrap(printable(title), int(19 * width / columns)) for title in titles]
+    wrap = partial(textwrap.wrap, width=int(19 * width / columns))
+    titles = [sum(map(wrap, printable(title).splitlines()), []) for title in titles]
     rows, title_lines = -(-len(images) // columns) or 1, max(map(len, titles), default=0)
     height = rows * (width / columns + 0.12 * title_lines)
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
@@ -123,7 +128,7 @@ def contact_sheet(images, titles, columns=4, width=6.3):
     return figure
 
 
-def failures(queries, wanted, found):
+def found(queries, wanted, found):
     """A row for each query: caption, wanted image, the three that the model ranks first -> figure.
 
     queries: captions, cut to nine lines; wanted: images (uint8 (3, H, W)); found: threes of them,

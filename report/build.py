@@ -22,7 +22,7 @@ from jettclip.utils import nearest, save_csv, write_then_rename
 ROOT = Path(__file__).resolve().parents[1]
 # The results that report.typ shows; it says which of the others are missing.
 NEEDED = ("scenes", "flickr8k")
-OPTIONAL = ("collage", "ablation", "settings", "flickr8k_settings", "sharegpt4v")
+OPTIONAL = ("collage", "flickr8k_seeds", "ablation", "debias", "settings", "sharegpt4v")
 BENCHMARKS = ("data", "training")
 # JupyterLab's look, without the scripts that a browser would have to fetch, and with a way back.
 PAGE = """{% extends "lab/index.html.j2" %}
@@ -46,8 +46,8 @@ def inputs(smoke=False):
     if missing := [name for name in NEEDED if name not in folders]:
         runs = [f"make report PROFILE={name}" for name in (["smoke"] if smoke else missing)]
         raise FileNotFoundError(f"the report lacks results: run {' and '.join(runs)}")
-    files = [path for folder in {*folders.values()} for path in ROOT.glob(f"{folder[1:]}/*")]
-    files = json.dumps(sorted(f"/{path.relative_to(ROOT)}" for path in files))
+    paths = [path for folder in {*folders.values()} for path in ROOT.glob(f"{folder[1:]}/*.*")]
+    files = json.dumps(sorted(f"/{path.relative_to(ROOT)}" for path in paths))
     machines = sorted(path.stem for path in ROOT.glob("results/latency/*.csv"))
     latency = {"latency": f"/results/latency/{machines[0]}"} if machines else {}
     return {**folders, **latency, "files": files}
@@ -168,7 +168,8 @@ def main():
             from jettclip.models import MODELS
 
             written = [ROOT / "results/models.csv"]
-            save_csv(count_models(sorted(MODELS)), written[0])
+            ours = sorted(name for name in MODELS if MODELS[name]["text_tower"] != "open_clip")
+            save_csv(count_models(ours), written[0])
         else:
             profiles = sorted(path.stem for path in ROOT.glob("notebooks/profiles/*.yaml"))
             if args.profile not in profiles:

@@ -59,7 +59,7 @@ def words(element):
 def test_every_model_is_counted():
     """After a change of a model: python report/build.py --models."""
     table = pd.read_csv(ROOT / "results/models.csv")
-    assert table.model.tolist() == sorted(MODELS)
+    assert table.model.tolist() == sorted(MODELS.keys() - {"LiT-Lite2"})  # of others' parts
     fresh = build.count_models(["JettCLIP-T", "LongCLIP-T"]).set_index("model")
     pd.testing.assert_frame_equal(table.set_index("model").loc[fresh.index], fresh, rtol=1e-4)
 
@@ -195,20 +195,20 @@ def test_the_abstract_claims_three_seeds_or_says_one(report):
     results, found = report
 
     def abstract(**seeds):
-        """Its texts on scenes and on photographs, after runs of so many seeds."""
+        """Its texts on photographs and on scenes, after runs of so many seeds."""
         row = {"model": "fd-both", "against": "none", "task": "long"}
         row |= {"value": 0.5, "low": 0.4, "high": 0.6}
         for profile, n in seeds.items():
             rows = [{**row, "metric": metric, "n": n} for metric in ("t2i_r1", "t2i_r10")]
             save_csv(pd.DataFrame(rows), results / profile / "seeds.csv")
-        return words(found("<abstract>")).split("On real photographs")
+        return words(found("<abstract>")).split("On drawn scenes")
 
     over_three = "+50.0 [+40.0, +60.0] points over 3 seeds (Student"
-    scenes, flickr = abstract(scenes=2, ablation=3, flickr8k=2)
+    flickr, scenes = abstract(scenes=2, ablation=3, flickr8k=2)
     assert "points (one seed; over its queries" in scenes and "points (one seed;" in flickr
     assert f"fd-both gains {over_three}" in scenes and over_three not in flickr
     assert scenes.count("(one seed)") == 2  # longer training, details
-    scenes, flickr = abstract(scenes=3, flickr8k=3)
+    flickr, scenes = abstract(scenes=3, flickr8k=3)
     assert f"without distillation: {over_three}" in scenes and " gains " not in scenes
     assert over_three in flickr and "one seed" not in flickr
 

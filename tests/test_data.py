@@ -256,3 +256,18 @@ def test_loader_follows_its_batches(dataset):
     assert [rows.tolist() for rows, *_ in batches] == [[3, 1], [20]]
     for i, row in enumerate((3, 1)):
         assert all(torch.equal(batches[0][j][i], dataset[row, 0][j]) for j in (2, 3, 4))
+
+
+def test_subsets_leave_out_the_first_sentence():
+    table = data.pd.DataFrame({"long": ["A b. C d. E f. G h.", "Only one."]})
+    table = data.with_subsets(table, 20)
+    assert table.longs[0] == ["A b. C d. E f. G h."] * 20 and set(table.shorts[1]) == {"Only one."}
+    possible = {"C d.", "E f.", "G h.", "C d. E f.", "C d. G h.", "E f. G h.", "C d. E f. G h."}
+    assert len(set(table.shorts[0])) > 3 and set(table.shorts[0]) <= possible
+    assert table.equals(data.with_subsets(table[["long"]], 20))
+
+
+def test_padding_in_front():
+    tokens = torch.tensor([[5, 1, 9, 0, 0], [5, 9, 0, 0, 0], [5, 1, 2, 3, 9]])
+    expected = [[0, 0, 5, 1, 9], [0, 0, 0, 5, 9], [5, 1, 2, 3, 9]]
+    assert data.pad_front(tokens).tolist() == expected

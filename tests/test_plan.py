@@ -91,6 +91,7 @@ def test_variants_by_hand():
     entries = [
         {"method": ["none", "fd"], "pairs": "long", "seed": [0, 1]},
         {"seed": 3, "pairs": "both", "method": "crd+fd", "weights": [[1.0, 0.5]]},
+        {"method": "fd", "name": "small", "lr": 0.1, "size": [8, 16], "seed": 0},
     ]
     assert workflow.expand_variants(entries) == {
         "none-s0": {"method": "none", "seed": 0},
@@ -98,6 +99,8 @@ def test_variants_by_hand():
         "fd-long-s0": {"method": "fd", "pairs": "long", "seed": 0},
         "fd-long-s1": {"method": "fd", "pairs": "long", "seed": 1},
         "crd+fd-both-weights1.0_0.5-s3": {**entries[1], "weights": [1.0, 0.5]},
+        "fd-small-size8-s0": {"method": "fd", "lr": 0.1, "size": 8, "seed": 0},
+        "fd-small-size16-s0": {"method": "fd", "lr": 0.1, "size": 16, "seed": 0},
     }
 
 
@@ -242,7 +245,7 @@ def test_errors_name_the_notebook(root, old, new, error):
         workflow.plan("tiny", root)
 
 
-WITHOUT_DATA = {"ablation", "scenes", "settings", "smoke"}
+WITHOUT_DATA = {"debias", "ablation", "scenes", "settings", "smoke"}
 WITH_WEIGHTS = {"sharegpt4v", "sharegpt4v_ablation"}
 
 

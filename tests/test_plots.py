@@ -49,7 +49,7 @@ DRAW = {  # name: (function of three texts, number of axes)
     "contact_sheet": (lambda t: plots.contact_sheet([IMAGE] * 5, [f"{s} " * 9 for s in t] * 2), 8),
     "contact_sheet of nothing": (lambda t: plots.contact_sheet([], []), 4),
     "failures": (
-        lambda t: plots.failures([t[0] * 99, t[1]], [IMAGE] * 2, [[IMAGE] * 3, [IMAGE]]),
+        lambda t: plots.found([t[0] * 99, t[1]], [IMAGE] * 2, [[IMAGE] * 3, [IMAGE]]),
         10,
     ),
     "curves": (lambda t: plots.curves(rows(t, step=[1, 2]), "value", "R@1"), 1),

@@ -206,6 +206,19 @@ def test_folder(tree, tmp_path):
     assert usable(load_pairs("folder", tmp_path / "data", "test"), 1).long[0] == "Another"
 
 
+def test_a_folder_without_splits_is_split_by_name(tree, tmp_path):
+    names = [f"{i}.jpg" for i in range(200)]
+    for name in names:
+        tree(name)
+    tree(
+        "metadata.csv", "image,caption\n" + "".join(f'{name},"A dog, {name}."\n' for name in names)
+    )
+    splits = [load_pairs("folder", tmp_path, split) for split in ("train", "val", "test")]
+    assert [len(usable(table, len(table))) for table in splits] == [159, 23, 18]
+    assert sorted(sum((table.key.tolist() for table in splits), [])) == sorted(names)
+    assert splits[0].long[0] == f"A dog, {splits[0].key[0]}."
+
+
 ITEM = conversation("../../etc/passwd", "x")
 COCO, SHARE = "annotations/captions_train2017.json", "sharegpt4v.json"
 META = "metadata.jsonl"
@@ -223,7 +236,9 @@ BAD_FILES = [
 def test_bad_files(source, file, content, problem, tree, tmp_path, monkeypatch):
     """Missing, or not as published."""
     monkeypatch.chdir(tmp_path)
-    missing = r"no .*(dataset_\*|share-.*\*|captions_train2017|metadata).jsonl?|flickr8k.*parquet"
+    missing = (
+        r"no .*(dataset_\*|share-.*\*|captions_train2017|metadata).(jsonl?|csv)|flickr8k.*parquet"
+    )
     for root, name in ((tmp_path, tmp_path), ("deep/..", tmp_path), (None, "")):
         with pytest.raises(FileNotFoundError, match=f"({missing}) in .{name}.: set the parameter"):
             load_pairs(source, root)
@@ -350,6 +365,7 @@ text = st.text(st.characters(codec="utf-8") | st.just("\ud83d"), max_size=20)
 @settings(deadline=None, max_examples=40)
 def test_a_caption_comes_back_as_written_or_is_left_out(texts, ascii, encoding):
     rows = [item(f"{i}.jpg", text) for i, text in enumerate(["a dog", *texts])]
+    rows = [row | {"split": "train"} for row in rows]
     lines = "\n".join(json.dumps(x, ensure_ascii=ascii or encoding == "utf-16") for x in rows)
     with tempfile.TemporaryDirectory() as root:
         (Path(root) / META).write_bytes(lines.encode(encoding, "surrogatepass"))

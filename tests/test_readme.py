@@ -52,6 +52,7 @@ def setting(notebook, name):
     return re.search(rf"\b{name}(?:, BATCH)? = (\d+)", text)[1]
 
 
+MODEL, MAKEFILE = ROOT / "results/flickr8k/model", (ROOT / "Makefile").read_text("utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 PYTHONS = [line.rpartition(" ")[2] for line in PROJECT["classifiers"] if ":: Python ::" in line]
 CLIP, TINY = MODELS["MobileCLIP-S0"]["text_cfg"], MODELS["JettCLIP-T"]
@@ -61,12 +62,12 @@ FACTS = [  # words of README.md, and their numbers
     ("Python {} to {}, two cores, up to {} minutes", PYTHONS[0], PYTHONS[-1], minutes("scenes")),
     ("finds its image first among {:,}", result("scenes", "captions").test[0]),
     ("among the first ten of {:,}", result("flickr8k", "captions").test[0]),
-    ("token embeddings, {} pixels", TINY["vision_cfg"]["image_size"]),
-    ("one of {} that `make report` leaves", setting("07_search", "photos")),
+    ("the model, of {:.0f} MB, is in", sum(f.stat().st_size for f in MODEL.iterdir()) / 1e6),
+    ("pretrained parts ({} MB more)", re.search(r"(\d+) MB", MAKEFILE)[1]),
     ("the spot, captions of {} to {} tokens | {} min", *tokens("scenes"), minutes("scenes")),
     ("toy size | {} min", minutes("smoke")),
-    ("(add `THREADS=1`) | {} min each", minutes("ablation")),
-    ("its settings | {}, {} min", minutes("flickr8k"), minutes("flickr8k_settings")),
+    ("add `THREADS=1` | {}, {}, {} min", *map(minutes, ("ablation", "settings", "debias"))),
+    ("other methods | {} min; hours", minutes("flickr8k")),
     ("picture, captions of {} to {} tokens | {} min", *tokens("collage"), minutes("collage")),
     ("(77 tokens), `JettCLIP-S0` ({})", CONTEXT),
     ("`MobileCLIP-S0` ({} tokens)", CLIP["context_length"]),

@@ -10,6 +10,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import QuickGELU, TextTransformer
 
 from jettclip import text
+from jettclip.data import pad_front
 
 SIZES = {"context_length": 248, "vocab_size": 100, "heads": 2, "layers": 2, "output_dim": 8}
 END = 99  # the highest id
@@ -115,6 +116,19 @@ def test_features_do_not_depend_on_padding_or_batch_mates(make):
     for features in (torch.cat(alone), torch.cat(unpadded), encode(tower, tokens.flip(0)).flip(0)):
         assert largest(together, features) < 1e-6
     assert largest(together[0], together[2]) > 0.01  # features do differ
+
+
+@pytest.mark.parametrize("make", [hybrid, causal])
+def test_padding_in_front_moves_the_positions_alone(make):
+    tower, shifted = make(), make()
+    lengths = [9, 248, 40]
+    tokens = captions(lengths)
+    front = encode(tower, pad_front(tokens))
+    for row, length in enumerate(lengths):
+        positions = tower.positional_embedding.roll(length - 248, 0)  # the last are the first
+        shifted.load_state_dict(tower.state_dict() | {"positional_embedding": positions})
+        assert largest(front[row], encode(shifted, tokens[row, None])[0]) < 1e-6
+    assert largest(front[1], encode(tower, tokens)[1]) < 1e-6 < 0.01 < largest(front[0], front[2])
 
 
 @pytest.mark.parametrize("no_causal_mask", [False, True])

@@ -5,6 +5,7 @@ A profile, notebooks/profiles/<name>.yaml, gives values to parameters of the not
 
     - {method: [fd, crd], pairs: both, seed: 0}  # fd-both-s0, crd-both-s0
     - {method: fd, weights: [[1, 0, 1, 0]]}      # fd-weights1_0_1_0: one value that is a list
+    - {method: fd, name: small, lr: 0.1, image_size: 32}  # fd-small
 
 The comment beside a parameter in its notebook says which values it takes:
 
@@ -125,7 +126,8 @@ def absolute(value, folder, found):
     if isinstance(value, list):
         return [*value[:-1], absolute(value[-1], folder, found)]
     prefix = "openai:" * value.startswith("openai:")
-    if not (path := value.removeprefix(prefix)):
+    path = value.removeprefix(prefix)
+    if path in ("", "pip", "published") or path.startswith("hf-hub:"):  # names of weights
         return value
     found.append(os.path.abspath(os.path.join(folder, os.path.expanduser(path))))
     return prefix + found[-1]
@@ -186,9 +188,10 @@ def expand_variants(variants):
     if not isinstance(variants, list) or {*map(type, variants)} != {dict}:
         raise ValueError("write variants as a list such as `- {method: fd, seed: [0, 1]}`.")
     runs = {}
-    for entry in variants:
+    for entry in map(dict, variants):
         if [] in entry.values():
             raise ValueError(f"variants: {entry} has an empty list, so it trains nothing.")
+        label = entry.pop("name", "")
         choices = [value if isinstance(value, list) else [value] for value in entry.values()]
         for values in itertools.product(*choices):
             run = dict(zip(entry, values, strict=True))
@@ -198,6 +201,9 @@ def expand_variants(variants):
             words = {key: "_".join(map(str, items)) for key, items in lists.items()}
             name = [words.pop(key) for key in ("method", "pairs") if key in words]
             seed = ["s" + words.pop("seed")] if "seed" in words else []
+            if label:  # in place of all values that are not listed
+                words = {key: word for key, word in words.items() if type(entry[key]) is list}
+                name.append(str(label))
             name = "-".join([*name, *(key + word for key, word in words.items()), *seed])
             if name in runs or not re.fullmatch(r"[\w.+-]+", name):
                 raise ValueError(f"variant {name!r} is there twice or cannot name a folder.")

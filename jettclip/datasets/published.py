@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import zlib
 from collections import defaultdict
 from contextlib import contextmanager
 from operator import itemgetter
@@ -36,6 +37,11 @@ def sentence(caption):
 def first_sentence(caption):
     """The text before the first ". ", as Long-CLIP takes its short captions."""
     return caption.split(". ")[0].rstrip(".")
+
+
+def sentences(caption):
+    """A caption "A. B. C." as a list."""
+    return caption.strip().rstrip(".").split(". ")
 
 
 def encoded(picture, kind):
@@ -106,12 +112,17 @@ def _lines(file):
     return ((place, line) for place, line in lines if line.strip())
 
 
-def _of_split(items, split):
-    """Items of a `split`, read from JSON. What has no valid split counts once, in train."""
+def _of_split(items, split, name=None):
+    """Items of a `split`, read from JSON. What has no valid split counts once, in train.
+
+    name: no item has a split, and the hash of its `name` decides: a tenth each for val and test.
+    """
     for place, item in items:
         try:
             item = json.loads(item) if isinstance(item, str) else item
             found = (item.get("split") or "train").replace("restval", "train")
+            if name and (tenth := zlib.crc32(item[name].encode()) % 10) < 2:
+                found = SPLITS[1 + tenth]
             if found not in SPLITS:
                 raise ValueError(nearest(found, SPLITS, "split"))
         except Exception as error:
@@ -165,9 +176,10 @@ def _table(items, split, name, read, seed=None):
 
 
 def flickr8k(root, split, seed):
-    """Flickr8k (Hodosh et al., 2013) with the smallest images there are."""
+    """Flickr8k (Hodosh et al., 2013) with images of 224 pixels, or the smallest there are."""
     holds = "Flickr8k as Parquet files with the columns image (JPEG bytes), filename, captions"
-    file = _find(root, f"flickr8k_*px_{split}.parquet", holds=holds)
+    names = (f"flickr8k_{size}px_{split}.parquet" for size in (224, "*"))
+    file = _find(root, *names, holds=holds)
     with _published(file):
         items = _items(pd.read_parquet(file).to_dict("records"), file, "row")
         return _table(items, split, "filename", itemgetter("image", "captions"), seed)
@@ -227,16 +239,27 @@ def karpathy(root, split, seed):
 
 
 def folder(root, split, seed):
-    """Images with a metadata.jsonl: file_name, long (or text), perhaps short and split (train)."""
-    example = '{"file_name": "a.jpg", "long": "...", "short": "...", "split": "train"}'
-    file = _find(root, "metadata.jsonl", holds=f"a metadata.jsonl with lines such as {example}")
+    """Images with a metadata.jsonl, or a metadata.csv with a header: file_name (or image), long (or
+    text, caption), perhaps short and split. Where no row has a split, names decide: a tenth each is
+    for validation and test."""
+    example = '{"file_name": "a.jpg", "text": "..."}, or a metadata.csv with such columns'
+    holds = f"a metadata.jsonl with lines such as {example}"
+    file = _find(root, "metadata.jsonl", "metadata.csv", holds=holds)
 
     def read(item):
-        long, short = item.get("long") or item.get("text"), item.get("short")
+        long = item.get("long") or item.get("text") or item.get("caption")
+        short = item.get("short")
         return _inside(root, item["file_name"]), [long, short] if short else [long]
 
     with _published(file):
-        return _table(_of_split(_lines(file), split), split, "file_name", read)
+        if file.suffix == ".csv":
+            table = pd.read_csv(file, dtype=str, keep_default_na=False)
+            table = table.rename(columns={"image": "file_name"})
+            items, has_splits = _items(table.to_dict("records"), file, "row", 1), "split" in table
+        else:
+            items, has_splits = _lines(file), '"split"' in _text(file)
+        items = _of_split(items, split, None if has_splits else "file_name")
+        return _table(items, split, "file_name", read)
 
 
 SOURCES = {read.__name__: read for read in (flickr8k, sharegpt4v, coco, karpathy, folder)}

@@ -127,6 +127,8 @@ def open_graph(path, backend):
         options.intra_op_num_threads = threads
         # Idle threads sleep and leave the cores to others.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        # Weights that are stored in 8 bits become fp32 once, when the graph is opened.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         return lambda x: session.run(None, {path.stem: x})[0]
     try:

