@@ -38,7 +38,6 @@ PIXELS_AT_ONCE = 4 * 256**2  # of a CPU in evaluation: the activations of more d
 # MobileCLIP scales pixels to [0, 1] and does no more.
 PLAIN = {"mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bilinear"}
 OPENAI = {"mean": [*OPENAI_DATASET_MEAN], "std": [*OPENAI_DATASET_STD], "interpolation": "bicubic"}
-HALF = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}  # EfficientNet-Lite
 MOBILECLIP2 = OPENAI | {"interpolation": "bilinear"}  # S3, S4
 LONG = {"context_length": CONTEXT}
 MASKED = LONG | {"mask_padding": True}
@@ -65,26 +64,6 @@ def _open_clip(name, tower, preprocess=PLAIN, text=None):
     return {**config, "text_tower": tower, "preprocess": preprocess}
 
 
-LIT = {  # a teacher: ImageNet's EfficientNet-Lite2 and MiniLM, with a head each
-    "embed_dim": 512,
-    "vision_cfg": {
-        "timm_model_name": "tf_efficientnet_lite2",
-        "timm_pool": "avg",
-        "timm_proj": "mlp",
-        "timm_drop": 0.7,
-        "image_size": 224,
-    },
-    "text_cfg": {
-        "hf_model_name": openclip.MINILM,
-        "hf_tokenizer_name": openclip.MINILM,
-        "hf_model_pretrained": False,
-        "hf_pooler_type": "mean_pooler",
-        "hf_proj_type": "mlp",
-        "context_length": CONTEXT,
-    },
-    "text_tower": "open_clip",
-    "preprocess": HALF,
-}
 LITE = {"timm_model_name": "tf_efficientnet_lite0", "timm_pool": "avg", "timm_proj": None}
 LITE |= {"image_size": 128}
 
@@ -94,8 +73,9 @@ MODELS = {
     "JettCLIP-S1": _open_clip("MobileCLIP-S1", "length_aware", PLAIN, MASKED),
     "JettCLIP-S2": _open_clip("MobileCLIP-S2", "length_aware", PLAIN, MASKED),
     "JettCLIP-B": _open_clip("MobileCLIP-B", "length_aware", PLAIN, LONG),  # causal: needs no mask
-    "JettCLIP-Lite": _tiny([], 128, 4) | {"vision_cfg": LITE, "embed_dim": 256, "preprocess": HALF},
-    "LiT-Lite2": LIT,
+    "JettCLIP-Lite": _tiny([], 128, 4)
+    | {"vision_cfg": LITE, "embed_dim": 256, "preprocess": openclip.HALF},
+    "LiT-Lite2": openclip.LIT,
     "LongCLIP-T": _tiny([32, 64, 128, 256], 128, 4),
     "LongCLIP-B": _open_clip("ViT-B-16-quickgelu", "longclip", OPENAI, LONG),
     "LongCLIP-L": _open_clip("ViT-L-14-quickgelu", "longclip", OPENAI, LONG),

