@@ -197,10 +197,14 @@ def published(name):
 
 
 def create(name, pretrained=None):
-    """The model that open_clip calls `name`, with a tag or a file of its weights.
-
-    hf-hub:AUTHOR/NAME and local-dir:FOLDER bring their own weights.
+    """The model that open_clip calls `name`, with a file of weights, one of open_clip's tags for
+    them, or "published": the first tag. hf-hub:AUTHOR/NAME and local-dir:FOLDER bring their own.
     """
+    if pretrained == "published":
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if not tags and ":" not in name:
+            raise ValueError(f"open_clip knows no published weights of {name}: name a file")
+        pretrained = tags[0] if tags else None
     model = open_clip.create_model(name, pretrained, force_custom_text=True)
     if type(model) is not open_clip.CustomTextCLIP:
         raise ValueError(

@@ -110,6 +110,14 @@ def test_cached_features_are_those_of_open_clip(name, registered, table, tmp_pat
     assert len({tuple(row) for row in words(list(table.long)).tolist()}) > 1
 
 
+def test_published_weights_of_a_model_of_open_clip(registered, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="knows no published weights of tiny-openai"):
+        jettclip.create_model("tiny-openai", "published")
+    save_folder(jettclip.create_model("tiny-openai"), tmp_path / "folder")
+    again = jettclip.create_model(f"local-dir:{tmp_path / 'folder'}", "published")
+    assert set(again.state_dict()) == set(load_folder(tmp_path / "folder").state_dict())
+
+
 def test_towers_and_heads_are_the_model(registered, table, tmp_path):
     """Heads trained on cached tower features give a model whose own features are the heads'."""
     torch.manual_seed(0)
