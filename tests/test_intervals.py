@@ -3,6 +3,7 @@
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -108,10 +109,11 @@ def test_a_family_holds_each_pair_of_students_once(tmp_path):
     """The cell of notebook 04 that compares."""
     cells = nbformat.read(NOTEBOOK_04, nbformat.NO_CONVERT).cells
     cell = compile(next(c.source for c in cells if "differences.csv" in c.source), "04", "exec")
-    names, hits = ["none-s0", "fd-s0", "crd-s0", "fd-s1"], np.random.default_rng(0)
+    names, hits = ["none-s0", "fd-s0", "crd-s0", "fd-s1", "fd-T-s0"], np.random.default_rng(0)
+    models = {name: SimpleNamespace(name="T" if "T" in name else "Lite") for name in names}
     ranks = {key: hits.integers(0, 20, 40) for key in product(names, TASKS, ("t2i", "i2t"))}
     space = {"variants": names, "against": ["none", "fd", "none"], "folder": tmp_path, "pd": pd}
-    space |= {"configs": {name: {"seed": int(name[-1])} for name in names}, "models": names}
+    space |= {"configs": {name: {"seed": int(name[-1])} for name in names}, "models": models}
     space |= {"ranks": ranks, "evaluate": evaluate, "display": id, "save_csv": save_csv}
     exec(cell, space)
     table = pd.read_csv(tmp_path / "differences.csv").query("task == 'long' and metric == 't2i_r1'")
