@@ -303,8 +303,8 @@ def run(job, report=tqdm.write):
         clip = fit(clip, plain, short, folder / "clip77", report=report)
         fill(student, clip.state_dict(), "clip77", first["stretch"])
         torch.manual_seed(config.seed)
-    seen = caches[0].manifest  # how the teacher read the captions
-    dataset = dataset_for(student, train, crops, seen["draws"] > 1, seen["padding_front"])
+    padding_front = caches[0].manifest["padding_front"]  # as the teacher read the captions
+    dataset = dataset_for(student, train, crops, "longs" in train, padding_front)
     val = dataset_for(student, val)
     return fit(student, config, dataset, folder, caches, lambda model: recall(model, val), report)
 
