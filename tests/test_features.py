@@ -15,11 +15,12 @@ from training import fork, run_group
 
 from jettclip import features
 from jettclip.checkpoints import file_hash, save_folder
-from jettclip.data import PairDataset, draw_crops
+from jettclip.data import PairDataset, draw_crops, with_subsets
 from jettclip.datasets.scenes import make_pairs
 from jettclip.distributed import in_processes
 from jettclip.features import FeatureCache, Stale, fingerprint, start
 from jettclip.models import PLAIN
+from jettclip.text import tokenizer
 from jettclip.utils import write_json
 
 FILES = ("image.npy", "long.npy", "short.npy", "crops.npy", "manifest.json")
@@ -130,6 +131,21 @@ def test_broken_features_are_refused(data, tmp_path):
     with pytest.raises(ValueError, match=r"long features of scenes-7-\d+ are zero or not"):
         build(tmp_path, data, teacher)
     assert not (tmp_path / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("crops", [1, 3])
+def test_with_each_crop_goes_a_draw_of_the_captions(crops, tmp_path):
+    """Crops 0, 1 and 2 go with draws 0, 1 and 0; with a single crop there is a single draw."""
+    table = with_subsets(make_pairs(5, seed=7, size=32), 2)
+    dataset = PairDataset(table, 16, crops=draw_crops(5, crops, 0), draws=True, padding_front=True)
+    cache, teacher = build(tmp_path / "cache", (table, dataset)), StubTeacher()
+    assert cache.manifest["draws"] == min(2, crops) and cache.manifest["padding_front"]
+    for k in range(crops):
+        _, long, short = cache.rows(range(5), [k] * 5)
+        for found, captions in ((long, table.longs), (short, table.shorts)):
+            tokens = tokenizer(248)([draws[k % 2] for draws in captions])
+            expected = teacher.encode_text(tokens, True)
+            torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
 
 
 def test_damaged_files_are_refused_and_built_again(finished, data, tmp_path):
