@@ -140,15 +140,20 @@ class Run:
         row["scale"] = self.model.logit_scale.exp().item()
         if validate:
             found = {name: float(value) for name, value in validate(self.model.eval()).items()}
-            earlier = [sum(past[name] for name in found) for past in self.history]
-            if self.config.keep_best and sum(found.values()) > max(earlier, default=-1):
-                state, best = self.model.state_dict(), self.folder / "best.ckpt"
-                write_then_rename(best, lambda path: torch.save(state, path))
+            if self.config.keep_best:
+                self.save_if_best(found)
             row |= found
         self.history.append({"step": step, "seconds": round(seconds, 1), **row})
         numbers = " ".join(f"{name} {value:.3f}" for name, value in row.items())
         times = f"{seconds:.0f} s, about {seconds / step * (steps - step):.0f} s left"
         self.report(f"{self.folder.name} step {step}/{steps} {numbers} | {times}")
+
+    def save_if_best(self, found):
+        """Write best.ckpt if the sum of an evaluation's numbers is above that of all before it."""
+        earlier = [sum(past[name] for name in found) for past in self.history]
+        if sum(found.values()) > max(earlier, default=-1):
+            state, best = self.model.state_dict(), self.folder / "best.ckpt"
+            write_then_rename(best, lambda path: torch.save(state, path))
 
     def load_best(self):
         if self.config.keep_best:

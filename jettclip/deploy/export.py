@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import warnings
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from . import runtime
 
 ONNX = {"opset_version": 20, "external_data": False, "verbose": False}
 TOLERANCE = 1e-5  # of normalised features, between PyTorch and the exported fp32 graphs
+# In 8 bits: which input of an operator holds the weight, and the axis of the weight's channels.
+STORED = {"Conv": (1, 0), "Gather": (0, 1)}
 GRAPHS = ("image.onnx", "text.onnx")
 
 
@@ -106,26 +109,31 @@ def store_in_8_bits(path):
     ONNX Runtime turns those of convolutions into fp32 when it opens the graph, and the rows of
     embeddings when it reads them.
     """
-    model = onnx.load(path)
+    model, nodes = onnx.load(path), []
+    dequantize = partial(onnx.helper.make_node, "DequantizeLinear")
     graph, weights = model.graph, {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in list(graph.node):
-        operand = {"Conv": 1, "Gather": 0}.get(node.op_type)
+    for node in graph.node:
+        nodes.append(node)
+        operand, axis = STORED.get(node.op_type, (None, None))
         tensor = weights.get(node.input[operand]) if operand is not None else None
         if tensor is None or tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.dims) < 2:
             continue
-        weight, axis = to_array(tensor), {"Conv": 0, "Gather": 1}[node.op_type]
+        weight = to_array(tensor)
         others = tuple(i for i in range(weight.ndim) if i != axis)
         scale = np.maximum(np.abs(weight).max(axis=others, keepdims=True), 1e-12) / 127
         small = np.round(weight / scale).astype(np.int8)
-        graph.initializer.remove(weights.pop(tensor.name))
-        graph.initializer.append(from_array(small, f"{tensor.name}_int8"))
-        graph.initializer.append(from_array(scale.ravel(), f"{tensor.name}_scale"))
-        read, wide = [f"{tensor.name}_int8", f"{tensor.name}_scale"], tensor.name
-        at = list(graph.node).index(node)
-        if node.op_type == "Gather":  # first the rows, then their numbers
-            wide, node.output[0] = node.output[0], f"{tensor.name}_rows"
-            node.input[0], read[0], axis, at = read[0], node.output[0], -1, at + 1
-        graph.node.insert(at, onnx.helper.make_node("DequantizeLinear", read, [wide], axis=axis))
+        name = tensor.name
+        graph.initializer.remove(weights.pop(name))
+        graph.initializer.append(from_array(small, f"{name}_int8"))
+        graph.initializer.append(from_array(scale.ravel(), f"{name}_scale"))
+        if node.op_type == "Conv":
+            nodes.insert(-1, dequantize([f"{name}_int8", f"{name}_scale"], [name], axis=axis))
+        else:  # first the rows, then their numbers
+            rows = [f"{name}_rows", f"{name}_scale"]
+            nodes.append(dequantize(rows, [*node.output], axis=-1))
+            node.input[0], node.output[0] = f"{name}_int8", f"{name}_rows"
+    del graph.node[:]
+    graph.node.extend(nodes)
     onnx.save(model, path)
 
 
