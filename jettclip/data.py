@@ -26,8 +26,6 @@ SOURCES = published.SOURCES | rulers.SOURCES  # read from a folder
 COLUMNS = ["image", "long", "short", "split", "key"]  # image: encoded bytes or a path
 IN_MEMORY = 2 << 30  # bytes of decoded images that a PairDataset keeps
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 SEVERAL = ("flickr8k", "coco", "karpathy")  # sources with several captions of an image
 
 
@@ -200,8 +198,7 @@ class PairDataset(Dataset):
         columns = ["image", *self.captions, *table.columns.intersection(["digest"])]
         self.table = pa.Table.from_pandas(table[columns], preserve_index=False).combine_chunks()
         hashed = hashlib.sha256(fingerprint(table).encode() + self.crops.tobytes())
-        options = (image_size, context_length, preprocess, *[padding_front] * padding_front)
-        hashed.update(repr(options).encode())
+        hashed.update(repr((image_size, context_length, preprocess, padding_front)).encode())
         for captions in self.captions if draws else ():
             hashed.update(repr(self.table[captions].to_pylist()).encode())
         self.fingerprint = hashed.hexdigest()  # of all that decides what this data set yields

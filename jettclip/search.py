@@ -20,13 +20,12 @@ import regex
 from . import web
 from .deploy import runtime
 from .photos import PhotoIndex, say
-from .utils import shown, write_then_rename
+from .utils import cache_folder, shown, write_then_rename
 
 
 def cached(*key):
     """A path in the user's cache folder for what belongs to `key`."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache, "jettclip", hashlib.sha256(repr(key).encode()).hexdigest()[:16])
+    return cache_folder() / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
 
 
 def open_model(source, name=None, backend="onnxruntime"):

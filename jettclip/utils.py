@@ -31,6 +31,11 @@ def absolute(path):
     return Path(os.path.abspath(os.path.expanduser(path)))
 
 
+def cache_folder():
+    """The user's folder for what can be made or fetched again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "jettclip")
+
+
 def require(path, notebook):
     """`path`, which `notebook` writes. Raises FileNotFoundError, which says what to run first."""
     if not path.exists():
