@@ -99,7 +99,7 @@ unlock: setup
 	@$(BIN)/python -m snakemake --config profile=$(PROFILE) --unlock
 
 demo: setup
-	@test -d "$(PHOTOS)" || { echo "Name a folder of photographs: make demo PHOTOS=~/Pictures"; exit 1; }
+	@test -d "$(PHOTOS)" || { echo "Name a folder of photographs: make demo PHOTOS=/path/to/them"; exit 1; }
 	@$(BIN)/python -m jettclip.search "$(PHOTOS)" --model results/flickr8k/model --web
 
 # A relative folder of data is that from here, not from notebooks/.
