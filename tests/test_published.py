@@ -219,6 +219,59 @@ def test_a_folder_without_splits_is_split_by_name(tree, tmp_path):
     assert splits[0].long[0] == f"A dog, {splits[0].key[0]}."
 
 
+TABLES = [  # of a folder, each with one row of train, "a.jpg", "a red, dog"
+    "image;caption;split\na.jpg;a red, dog;Train\nb.jpg;x;validation\n",
+    "file_name\ttext\ta\tsplit\na.jpg\ta red, dog\t\ttrain\n\nb.jpg\tx\t\tVal",
+    'image,caption,file_name,split\nz.jpg,"a red, dog",a.jpg,\nb.jpg,x,b.jpg,val\n',
+    'image,caption,split\r\na.jpg,"a red, dog",train,,\r\nb.jpg,x,val,,\r\n',
+    '{"image": "a.jpg", "caption": "a red, dog"}\n{"image": "b.jpg", "text": "x", "split": "val"}',
+]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("text", TABLES)
+def test_a_table_as_people_write_it(text, encoding, tree, tmp_path):
+    tree("metadata.jsonl" if "{" in text else "metadata.csv", text.encode(encoding))
+    for split, name, caption in (("train", "a.jpg", "a red, dog"), ("val", "b.jpg", "x")):
+        table = load_pairs("folder", tmp_path, split)
+        assert table[["key", "long"]].to_numpy().tolist() == [[name, caption]]
+    with pytest.raises(ValueError, match="no readable row of the split test"):
+        load_pairs("folder", tmp_path, "test")
+
+
+@pytest.mark.parametrize("split", [None, ""])
+def test_empty_splits_are_none(split, tree, tmp_path):
+    rows = [item(f"{i}.jpg", "A dog.", split=split) for i in (3, 4, 5)]
+    tree("metadata.jsonl", "\n".join(map(json.dumps, rows)))
+    assert load_pairs("folder", tmp_path).key.tolist() == ["3.jpg"]  # as the names' hashes say
+    assert load_pairs("folder", tmp_path, "test").key.tolist() == ["4.jpg", "5.jpg"]
+    problem = r"no row has a split, and the names put none of 3 into val: give rows a split \("
+    with pytest.raises(ValueError, match=problem):
+        load_pairs("folder", tmp_path, "val")
+
+
+BAD_TABLES = {
+    "image,caption\na.jpg,a red, dog\n": "more fields than the header: put a text with ',' in",
+    "photo,description\na.jpg,a dog\n": "no file_name or image among its names: photo, description",
+    '[{"image": "a.jpg"},\n{"image": "b.jpg"}]': "one array: write one object a line",
+    '{"image": "a.jpg", "title": "x"}': "no long or text or caption among its names: image, title",
+}
+
+
+@pytest.mark.parametrize("text", BAD_TABLES)
+def test_a_table_says_what_it_lacks(text, tree, tmp_path):
+    file = "metadata.jsonl" if "{" in text else "metadata.csv"
+    tree(file, text)
+    with pytest.raises(ValueError, match=f"{file} .*{BAD_TABLES[text]}"):
+        load_pairs("folder", tmp_path)
+
+
+def test_a_table_that_is_not_unicode_names_the_row(tree, tmp_path):
+    tree("metadata.csv", "image,caption\na.jpg,a dog\nb.jpg,un garçon\n".encode("latin-1"))
+    table = load_pairs("folder", tmp_path)
+    assert table.problem.str.contains(r"not Unicode: save the file as UTF-8 \(row 2").sum() == 1
+
+
 ITEM = conversation("../../etc/passwd", "x")
 COCO, SHARE = "annotations/captions_train2017.json", "sharegpt4v.json"
 META = "metadata.jsonl"
@@ -282,7 +335,10 @@ LINES += [item("c.jpg", "\ud83d dog"), item("../d.jpg", "x"), item(5, "x")]
 LINES += [item("e.jpg", "x", split="dev"), item("h.jpg", " ."), item("i", ["x"])]
 LINES = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in LINES)
 LINES_BAD = {"b.jpg": "None is no text (line 3 ", "line 5": "JSONDecode", "line 6": "NoneType"}
-LINES_BAD |= {"c.jpg": "surrogates not allowed (line 8 ", "../d.jpg": "outside of the data folder"}
+LINES_BAD |= {
+    "c.jpg": "not Unicode: save the file as UTF-8 (line 8 ",
+    "../d.jpg": "outside of the data folder",
+}
 LINES_BAD |= {"line 10": "5 is no text", "line 11": "split 'dev' is unknown"}
 LINES_BAD |= {"h.jpg": "empty: [' .'] (line 12 ", "i": "['x'] is no text"}
 NOTES = [{"image_id": i, "caption": None if i == 3 else f"a dog {i}"} for i in range(5)] + [5, {}]

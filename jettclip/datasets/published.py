@@ -6,6 +6,7 @@ several short captions has them in the column captions: long is all of them in a
 the first of these. A row that cannot be read has its reason in the column problem.
 """
 
+import csv
 import io
 import json
 import os
@@ -25,6 +26,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from ..utils import absolute, nearest
 
 SPLITS = ("train", "val", "test")
+OTHER_SPLITS = {"restval": "train", "validation": "val"}  # Karpathy's, Hugging Face's
 # What Windows, macOS, Jupyter and network drives put into folders of data.
 JUNK = re.compile(r"\.|(__MACOSX|Thumbs\.db|desktop\.ini|@eaDir)$", re.IGNORECASE)
 
@@ -112,21 +114,16 @@ def _lines(file):
     return ((place, line) for place, line in lines if line.strip())
 
 
-def _of_split(items, split, name=None):
-    """Items of a `split`, read from JSON. What has no valid split counts once, in train.
-
-    name: no item has a split, and the hash of its `name` decides: a tenth each for val and test.
-    """
+def _of_split(items, split):
+    """Items of a `split`. What has no valid split counts once, in train."""
     for place, item in items:
         try:
-            item = json.loads(item) if isinstance(item, str) else item
-            found = (item.get("split") or "train").replace("restval", "train")
-            if name and (tenth := zlib.crc32(item[name].encode()) % 10) < 2:
-                found = SPLITS[1 + tenth]
+            found = (item.get("split") or "train").lower()
+            found = OTHER_SPLITS.get(found, found)
             if found not in SPLITS:
                 raise ValueError(nearest(found, SPLITS, "split"))
         except Exception as error:
-            item, found = error, "train"
+            item, found = item if isinstance(item, Exception) else error, "train"
         if found == split:
             yield place, item
 
@@ -134,7 +131,10 @@ def _of_split(items, split, name=None):
 def _valid(text):
     if not isinstance(text, str):
         raise ValueError(f"{text!r:.60} is no text")
-    text.encode()  # fails for a lone surrogate, which no table file can hold
+    try:
+        text.encode()  # fails for a lone surrogate, which no table file can hold
+    except UnicodeEncodeError:
+        raise ValueError(f"{text!r:.60} is not Unicode: save the file as UTF-8") from None
     return text
 
 
@@ -238,6 +238,39 @@ def karpathy(root, split, seed):
         return _table(_of_split(items, split), split, "filename", read, seed)
 
 
+NAMES = {"file_name": ("file_name", "image"), "long": ("long", "text", "caption")}
+NAMES |= {"short": ("short",), "split": ("split",)}
+
+
+def _csv(file):
+    """Rows of a CSV file with a header, as dictionaries, each with its place."""
+    text = _text(file)
+    header = text.lstrip().partition("\n")[0]
+    separator = max(",;\t", key=header.count)
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    for place, row in _items(rows, file, "row", 1):
+        if any(row.pop(None, ())):
+            problem = f"it has more fields than the header: put a text with {separator!r} in quotes"
+            row = ValueError(problem)
+        yield place, row
+
+
+def _named(item):
+    """A row of a folder's table, a dictionary or its JSON, with NAMES as keys; or what is wrong."""
+    try:
+        if isinstance(item, Exception):
+            return item
+        item = json.loads(item) if isinstance(item, str) else item
+        row = {key: next(filter(None, map(item.get, NAMES[key])), None) for key in NAMES}
+        for key in ("file_name", "long"):
+            if not {*NAMES[key]} & {*item}:
+                found = ", ".join(map(str, item))
+                raise ValueError(f"there is no {' or '.join(NAMES[key])} among its names: {found}")
+        return row
+    except Exception as error:
+        return error
+
+
 def folder(root, split, seed):
     """Images with a metadata.jsonl, or a metadata.csv with a header: file_name (or image), long (or
     text, caption), perhaps short and split. Where no row has a split, names decide: a tenth each is
@@ -247,19 +280,22 @@ def folder(root, split, seed):
     file = _find(root, "metadata.jsonl", "metadata.csv", holds=holds)
 
     def read(item):
-        long = item.get("long") or item.get("text") or item.get("caption")
-        short = item.get("short")
+        long, short = item["long"], item["short"]
         return _inside(root, item["file_name"]), [long, short] if short else [long]
 
     with _published(file):
-        if file.suffix == ".csv":
-            table = pd.read_csv(file, dtype=str, keep_default_na=False)
-            table = table.rename(columns={"image": "file_name"})
-            items, has_splits = _items(table.to_dict("records"), file, "row", 1), "split" in table
-        else:
-            items, has_splits = _lines(file), '"split"' in _text(file)
-        items = _of_split(items, split, None if has_splits else "file_name")
-        return _table(items, split, "file_name", read)
+        if (is_json := file.suffix == ".jsonl") and _text(file).lstrip().startswith("["):
+            raise ValueError("it is one array: write one object a line, without brackets")
+        items = [(place, _named(row)) for place, row in (_lines if is_json else _csv)(file)]
+        rows = [row for _, row in items if isinstance(row, dict)]
+        if not any(row["split"] for row in rows):
+            for row in rows:
+                tenth = zlib.crc32(str(row["file_name"]).encode()) % 10
+                row["split"] = SPLITS[1 + tenth] if tenth < 2 else "train"
+            if rows and not any(row["split"] == split for row in rows):
+                problem = f"no row has a split, and the names put none of {len(rows)} into {split}"
+                raise ValueError(f"{problem}: give rows a split ({', '.join(SPLITS)})")
+        return _table(_of_split(items, split), split, "file_name", read)
 
 
 SOURCES = {read.__name__: read for read in (flickr8k, sharegpt4v, coco, karpathy, folder)}
