@@ -98,8 +98,9 @@ sweep: .venv/.cluster
 unlock: setup
 	@$(BIN)/python -m snakemake --config profile=$(PROFILE) --unlock
 
-demo: setup
+demo:
 	@test -d "$(PHOTOS)" || { echo "Name a folder of photographs: make demo PHOTOS=/path/to/them"; exit 1; }
+	@$(MAKE) --no-print-directory setup
 	@$(BIN)/python -m jettclip.search "$(PHOTOS)" --model results/flickr8k/model --web
 
 # A relative folder of data is that from here, not from notebooks/.
