@@ -75,6 +75,7 @@ MODELS = {
     "JettCLIP-B": _open_clip("MobileCLIP-B", "length_aware", PLAIN, LONG),  # causal: needs no mask
     "JettCLIP-Lite": _tiny([], 128, 4)
     | {"vision_cfg": LITE, "embed_dim": 256, "preprocess": openclip.HALF},
+    "LiT-Lite1": openclip.LIT1,
     "LiT-Lite2": openclip.LIT,
     "LongCLIP-T": _tiny([32, 64, 128, 256], 128, 4),
     "LongCLIP-B": _open_clip("ViT-B-16-quickgelu", "longclip", OPENAI, LONG),

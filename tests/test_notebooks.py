@@ -13,10 +13,11 @@ import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import pytest
+import torch
 import yaml
 from PIL import Image
 
-from jettclip import train
+from jettclip import data, evaluate, features, train
 from jettclip.models import load_folder
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
@@ -234,3 +235,23 @@ def test_the_teachers_that_are_named_teach_and_no_others(smoke):
         execute(root, "02_train", **values | changed, more_teachers=teachers)
         settings = json.loads((run / changed["variant"] / "config.json").read_text())
         assert len(settings["teachers"]) == 1 + len(teachers)
+
+
+def test_photographs_get_the_captions_that_their_teacher_ranks_first(smoke, tmp_path, monkeypatch):
+    for folder in ("teacher", "data"):
+        shutil.copytree(smoke[0] / "runs/smoke" / folder, tmp_path / "runs/smoke" / folder)
+    (tmp_path / "notebooks").mkdir()
+    for split in ("train", "val", "test"):
+        table = pd.read_parquet(path := tmp_path / f"runs/smoke/data/{split}.parquet")
+        table.assign(captions=table.long.map(lambda caption: [caption])).to_parquet(path)
+    photos = table.head(2).rename(columns={"key": "filename"})
+    photos.to_parquet(tmp_path / "photos.parquet")
+    texts = features.FeatureCache.open(tmp_path / "runs/smoke/teacher/cache").long[[7, 3], 0]
+    monkeypatch.setattr(evaluate, "embed_images", lambda *_: torch.from_numpy(texts).float())
+    execute(tmp_path, "label_photos", profile="smoke", photos=str(tmp_path / "photos.parquet"))
+    root = tmp_path / "runs/labelled-data"
+    train, val = (data.load_pairs("flickr8k", root, split) for split in ("train", "val"))
+    known = pd.read_parquet(tmp_path / "runs/smoke/data/train.parquet")
+    assert train.key.tolist() == [*known.key, *photos.filename] and len(val)
+    assert [*train.captions][-2:] == [*known.captions.iloc[[7, 3]]]
+    assert train.image.tolist()[-2:] == photos.image.tolist()

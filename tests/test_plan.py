@@ -246,7 +246,8 @@ def test_errors_name_the_notebook(root, old, new, error):
 
 
 WITHOUT_DATA = {"debias", "ablation", "scenes", "settings", "smoke"}
-WITH_WEIGHTS = {"sharegpt4v", "sharegpt4v_ablation"}
+WITH_WEIGHTS = {"sharegpt4v", "sharegpt4v_ablation", "labelled"}
+WEIGHTS = "weights/longclip-B.pt|runs/flickr8k/teacher/longclip/student"
 
 
 def test_the_profiles_of_this_repository(monkeypatch, tmp_path):
@@ -262,7 +263,7 @@ def test_the_profiles_of_this_repository(monkeypatch, tmp_path):
     for folder, problem, needy in (
         ("", "^{}.yaml: data_root: name the folder of the data", names - WITHOUT_DATA),
         ("nowhere", f"^data_root: there is no {tmp_path}/nowhere", names - WITHOUT_DATA),
-        (".", f"^teacher_file: there is no {tmp_path}/weights/longclip-B.pt", WITH_WEIGHTS),
+        (".", f"^teacher_file: there is no {tmp_path}/({WEIGHTS})", WITH_WEIGHTS),
     ):
         monkeypatch.setenv("JETTCLIP_DATA", folder)
         for name in names:
