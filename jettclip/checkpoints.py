@@ -94,8 +94,6 @@ def file_hash(folder):
 def read_state(source):
     """The tensors {key: tensor} of a checkpoint, and {"name", "config"} of its model, where it is
     a model folder or a last.ckpt of ours (else None). `source`: `pretrained` of `create_model`."""
-    if isinstance(source, dict):  # of towers
-        return {tower: read_state(file)[0] for tower, file in source.items()}, None
     is_openai = str(source).startswith("openai:")
     path, ours = absolute(str(source).removeprefix("openai:")), None
     if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
@@ -159,15 +157,11 @@ def longclip_sizes(state):
 
 def is_apple_vit(state):
     """Whether the image tower is that of Apple's file of a MobileCLIP with a ViT (B)."""
-    return "image_encoder.model.patch_emb.0.block.conv.weight" in state.get("image", state)
+    return "image_encoder.model.patch_emb.0.block.conv.weight" in state
 
 
 def to_our_keys(state, model):
     """A published state dict with the keys of our CLIP. open_clip converts what it knows."""
-    if state.keys() == {"image", "text"}:
-        image, text = (to_our_keys(state[tower], model) for tower in ("image", "text"))
-        image = {key: value for key, value in image.items() if not key.startswith("text.")}
-        return image | {key: value for key, value in text.items() if key.startswith("text.")}
     sizes = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's files
     state = {key: value for key, value in state.items() if key not in sizes}
     if "positional_embedding_res" in state:  # Long-CLIP reads 20 rows of one table, then the other

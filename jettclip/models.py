@@ -223,9 +223,10 @@ class CLIP(nn.Module):
 def create_model(name, pretrained=None, device="cpu", text_tower=None, stretch="longclip", **sizes):
     """Build model `name` with random weights, or with those of `pretrained` in evaluation mode.
 
-    pretrained: a run's student/ or last.ckpt, or a file that the originals publish: Long-CLIP's and
-    Apple's .pt, open_clip's safetensors, "openai:ViT-B-16.pt" (OpenAI's TorchScript archives), or
-    {"image": file, "text": file}. A run of another name or of other sizes is a ValueError.
+    pretrained: a run's student/ or last.ckpt; a file that the originals publish: Long-CLIP's and
+    Apple's .pt, open_clip's safetensors, "openai:ViT-B-16.pt" (OpenAI's TorchScript archives); a
+    word of `hub.published`; or "pip" (see `openclip.fill`). A run of another name or of other sizes
+    is a ValueError.
     text_tower: one of TEXT_TOWERS. stretch: see `stretch_positions`. sizes: see `model_config`.
     """
     if name not in list_models() and openclip.known(name):

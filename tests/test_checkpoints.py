@@ -159,19 +159,6 @@ def test_positions_of_a_77_token_file_are_stretched(mode, tmp_path):
     assert torch.equal(long.text.positional_embedding, expected)
 
 
-def test_a_file_for_each_tower(tmp_path, tiny_file):
-    original, text = tiny_model(), state_dict("longclip_tiny")
-    torch.save(original.state_dict(), tmp_path / "image.pt")
-    torch.save({**text, "text_projection": torch.ones(64, 16)}, tmp_path / "text.pt")
-    sizes = {**TINY, "text_width": 64, "text_heads": 1, "text_layers": 3, "text_tower": "longclip"}
-    files = {"image": tmp_path / "image.pt", "text": tmp_path / "text.pt"}
-    student = jettclip.create_model("JettCLIP-T", files, **sizes)
-    assert torch.equal(student.text.ln_final.weight, text["ln_final.weight"])
-    assert torch.equal(student.visual.trunk.head.fc.weight, original.visual.trunk.head.fc.weight)
-    with pytest.raises(ValueError, match="of another shape is text.text_projection"):
-        jettclip.create_model("JettCLIP-T", {**files, "text": tiny_file}, **sizes)
-
-
 class Malicious:
     def __reduce__(self):
         return os.mkdir, ("was-here",)
