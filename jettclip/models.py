@@ -231,12 +231,9 @@ def create_model(name, pretrained=None, device="cpu", text_tower=None, stretch="
     if name not in list_models():
         if not openclip.known(name):
             raise ValueError(nearest(name, [*list_models(), *open_clip.list_models()], "model"))
-        model = openclip.create(name, pretrained, text_tower=text_tower, **sizes)
-        return model.eval().to(device)
+        return openclip.create(name, pretrained, text_tower=text_tower, **sizes).to(device)
     if pretrained == "pip":
-        model = new(model_config(name, text_tower, **sizes), name)
-        openclip.fill(model)
-        return model.to(device)
+        return openclip.fill(new(model_config(name, text_tower, **sizes), name)).to(device)
     if isinstance(pretrained, str) and not absolute(pretrained.removeprefix("openai:")).exists():
         pretrained = hub.published(name, pretrained)
     state, ours = (None, None) if pretrained is None else checkpoints.read_state(pretrained)

