@@ -27,7 +27,9 @@ def served(tmp_path, monkeypatch):
         def do_HEAD(self):
             content = files.get(self.path[1:])
             self.send_response(200 if content else 404)
-            if content:
+            if not content:
+                self.send_header("X-Error-Code", "EntryNotFound")
+            else:
                 self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
                 self.send_header("X-Repo-Commit", "0" * 40)
                 self.send_header("Content-Length", str(len(content)))
@@ -94,7 +96,7 @@ def test_the_reason_is_the_first_cause_whole_and_in_one_line(served):
     assert hub.reason(error) == "host unknown, as " + "x" * 300
     with pytest.raises(OSError) as caught:  # the hub's answer
         hub.published("LongCLIP-B")
-    assert "(404 Client Error." in str(caught.value) and "\n" not in str(caught.value)
+    assert "Entry Not Found for url" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
