@@ -176,9 +176,8 @@ def create(name, pretrained=None, **sizes):
     them, or "published": the first tag. hf-hub:AUTHOR/NAME and local-dir:FOLDER bring their own.
     """
     tags, own = open_clip.list_pretrained_tags_by_model(name), ":" in name
-    asked = {**sizes, "pretrained": pretrained} if own and pretrained != "published" else sizes
-    if unused := {key: str(value) for key, value in asked.items() if value is not None}:
-        raise ValueError(f"{name} has its own sizes, towers or weights: leave out {unused}")
+    if own and pretrained not in (None, "published"):
+        raise ValueError(f"{name} has its own weights: leave out pretrained={str(pretrained)!r}")
     if name.startswith("hf-hub:"):
         name = f"hf-hub:{hub.repository(name)}"
     if pretrained == "published" and (tags or own):
@@ -199,7 +198,11 @@ def create(name, pretrained=None, **sizes):
     seen = open_clip.get_model_preprocess_cfg(model)
     preprocess = {key: seen[key] for key in ("mean", "std", "interpolation", "resize_mode")}
     config |= {"text_tower": "open_clip", "preprocess": preprocess}
-    return finish(model, config, name, words).eval()
+    model = finish(model, config, name, words).eval()
+    for key, value in sizes.items():
+        if value not in (None, getattr(model, key, None)):
+            raise ValueError(f"{name} has its own sizes and towers: leave out {key}={value!r}")
+    return model
 
 
 def fill(model):

@@ -139,6 +139,7 @@ def test_what_open_clip_cannot_open_is_told_in_one_sentence(registered, tmp_path
 def test_nothing_that_is_asked_is_ignored(registered, name, asked):
     with pytest.raises(ValueError, match=f"{name} has its own .* leave out .*{[*asked][0]}"):
         jettclip.create_model(name, **asked)
+    assert jettclip.create_model("tiny-openai", image_size=32, context_length=77)
 
 
 def test_a_model_of_open_clip_cannot_be_exported(registered, tmp_path):
