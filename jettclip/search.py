@@ -32,11 +32,16 @@ def cached(*key):
 def open_model(source, name=None, backend="onnxruntime"):
     """The exported model of `source`; exports a run folder or a checkpoint of model `name` once."""
     path = Path(str(source).removeprefix("openai:")).expanduser()
-    if not path.exists() and regex.fullmatch(r"\w+CLIP\w*-[\w-]+", str(source)):
-        from . import hub  # with open_clip, which takes seconds
+    told = f"{source} says which model it holds: leave out --name {name}"
+    if not path.exists():
+        with suppress(ImportError):  # without PyTorch, no name is known
+            from . import models  # takes seconds
 
-        name, path = source, hub.published(source)
+            path = models.hub.find(str(source), models.MODELS)
+            name = name or (source if path.is_file() else None)
     if (path / runtime.CONFIG).exists():
+        if name:
+            raise ValueError(told)
         return runtime.load(path, backend)
     path = path / "student" if (path / "student").is_dir() else path
     weights = path / "open_clip_model.safetensors" if path.is_dir() else path
@@ -49,8 +54,9 @@ def open_model(source, name=None, backend="onnxruntime"):
     from . import checkpoints, models
     from .deploy.export import export
 
-    if not (name or checkpoints.is_run_folder(path)):
-        raise ValueError(f"say with --name which model {source} holds, such as JettCLIP-S0")
+    if bool(name) == checkpoints.is_run_folder(path):
+        ask = f"say with --name which model {source} holds, such as JettCLIP-S0"
+        raise ValueError(told if name else ask)
     say(f"exporting {source} once, to {exported}")
     pretrained = f"openai:{path}" if str(source).startswith("openai:") else path
     model = models.create_model(name, pretrained) if name else models.load_folder(path)

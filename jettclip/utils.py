@@ -60,9 +60,11 @@ def write_then_rename(path, write):
 def nearest(word, words, what):
     """An error's text: `word` is unknown, the nearest of `words` is this."""
     words = {str(known).casefold(): str(known) for known in words}
-    close = difflib.get_close_matches(str(word).casefold(), words, n=1, cutoff=0.3)
+    close = difflib.get_close_matches(str(word).casefold(), words, n=5, cutoff=0.3)
     hint = f" did you mean {words[close[0]]!r}?" if close else ""
-    return f"{what} {word!r} is unknown:{hint} Known: {', '.join(words.values())}"
+    if len(words) > 30:
+        words = {key: words[key] for key in close} | {"": f"... ({len(words)} in all)"}
+    return f"{what} {word!r} is unknown:{hint} Known: {', '.join(words.values()) or 'none'}"
 
 
 def shown(value):

@@ -27,7 +27,9 @@ def served(tmp_path, monkeypatch):
         def do_HEAD(self):
             content = files.get(self.path[1:])
             self.send_response(200 if content else 404)
-            if content:
+            if not content:
+                self.send_header("X-Error-Code", "EntryNotFound")
+            else:
                 self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
                 self.send_header("X-Repo-Commit", "0" * 40)
                 self.send_header("Content-Length", str(len(content)))
@@ -62,9 +64,66 @@ def test_a_name_finds_its_file_and_fetches_it_once(served, capsys):
     assert hub.published("LongCLIP-B").read_bytes() == b"of Long-CLIP"
     files.clear()
     assert hub.published("MobileCLIP-S1", "datacompdr") == path
-    assert hub.published("MobileCLIP-S1", "weights.pt") is None
-    with pytest.raises(ValueError, match="nobody publishes weights of LongCLIP-T"):
-        hub.published("LongCLIP-T")
+
+
+@pytest.mark.parametrize(
+    "name, word, problem",
+    [
+        ("MobileCLIP-S1", "datacompdrr", "datacompdrr' is neither .* did you mean 'datacompdr'?"),
+        ("JettCLIP-B", "datacomp-dr", "'/.*datacomp-dr' is neither .* did you mean 'datacompdr'?"),
+        ("LongCLIP-B", "Published", "'/.*Published' is neither .* did you mean 'published'?"),
+        ("JettCLIP-Lite", "pipp", "for JettCLIP-Lite, .* did you mean 'pip'?"),
+        ("LongCLIP-T", "published", "for LongCLIP-T, the word 'published' is unknown: Known: none"),
+        ("ViT-B-32", "opnai", "'/.*opnai' is neither .* did you mean 'openai'?"),
+        ("JettCLIP-S0", "openai:a.pt", "'/.*/a.pt' is neither a file nor a folder here"),
+    ],
+)
+def test_a_misspelt_word_gets_the_nearest(name, word, problem):
+    with pytest.raises(FileNotFoundError, match=problem):
+        create_model(name, word)
+
+
+@pytest.mark.parametrize("name", ["hf-hub:nobody", "hf-hub:", "hf-hub:a b/c", "hf-hub:a/b/c"])
+@pytest.mark.parametrize("asks", [create_model, open_model, lambda x: create_model("LongCLIP", x)])
+def test_a_repository_has_an_author_and_a_name(name, asks):
+    with pytest.raises(ValueError, match=f"'{name}' names no .* write hf-hub:AUTHOR/MODEL"):
+        asks(name)
+
+
+def test_the_reason_is_the_first_cause_whole_and_in_one_line(served):
+    error = OSError("retrying\n1 of 5")
+    error.__cause__ = ValueError("host unknown,\nas " + "x" * 300)
+    assert hub.reason(error) == "host unknown, as " + "x" * 300
+    with pytest.raises(OSError) as caught:  # the hub's answer
+        hub.published("LongCLIP-B")
+    assert "Entry Not Found for url" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "source, problem",
+    [
+        ("ViT-B-32", "ViT-B-32 is no export .* that search can use, 'ViT-B-32' .* MobileCLIP2-B"),
+        ("LiT-Lite2", "'LiT-Lite2' is unknown: .*Known: JettCLIP-S0"),
+        ("MobileClip2-S0", "'MobileClip2-S0' is unknown: did you mean 'MobileCLIP2-S0'"),
+        ("photos", "/photos is no export folder, run folder or checkpoint"),
+    ],
+)
+def test_search_names_the_models_that_it_can_use(source, problem):
+    with pytest.raises(FileNotFoundError, match=problem):
+        open_model(source)
+
+
+def test_search_opens_a_repository_and_no_name_is_ignored(served, tmp_path, monkeypatch, exported):
+    save_folder(exported[0], tmp_path / "run/student")
+    for name in hub.FOLDER:
+        path = tmp_path / "run/student" / name
+        served[0][f"me/photos/resolve/main/{name}"] = path.read_bytes()
+    monkeypatch.setattr("jettclip.deploy.export.export", lambda *_: exported[1])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert open_model("hf-hub:me/photos").folder == exported[1]
+    for source in ("hf-hub:me/photos", tmp_path / "run", exported[1]):
+        with pytest.raises(ValueError, match=f"{source} says .* leave out --name JettCLIP-S0"):
+            open_model(source, "JettCLIP-S0")
 
 
 def test_a_folder_of_ours_opens_by_its_name(served, tmp_path, monkeypatch):
@@ -95,12 +154,18 @@ def test_a_cut_or_wrong_file_is_refused_and_fetched_again(served, fault, reason)
     assert hub.published("MobileCLIP-S1").read_bytes() == b"weights"
 
 
-def test_without_network_it_says_what_to_put_where(served, monkeypatch):
+def test_without_network_it_says_what_to_put_where(served, monkeypatch, capsys):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    message = "longclip-B.pt of BeichenZhang/LongCLIP-B .* download by hand, and name the file"
+    message = (
+        "longclip-B.pt of BeichenZhang/LongCLIP-B .*HF_HUB_OFFLINE.* by hand, and name the file"
+    )
     with pytest.raises(OSError, match=message):
         create_model("LongCLIP-B", "published")
     with pytest.raises(OSError, match="cannot fetch open_clip_model.safetensors"):
         open_model("MobileCLIP2-S0")
-    with pytest.raises(FileNotFoundError, match="is no export folder"):
-        open_model("photos")
+    for name in ("hf-hub:me/photos", "ViT-B-16-SigLIP"):
+        with pytest.raises(
+            OSError, match=f"cannot open {name} .*HF_HUB_OFFLINE.* local-dir:FOLDER"
+        ):
+            create_model(name)
+    assert "fetching" not in capsys.readouterr().out

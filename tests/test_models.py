@@ -23,6 +23,8 @@ def outputs(model):
     "name, asked, problem",
     [
         ("JetCLIP-T", {}, "model 'JetCLIP-T' is unknown: did you mean 'JettCLIP-T'"),
+        ("ViT-B-33", {}, r"did you mean 'ViT-B-32'\? Known: .{9,150}\(1.. in all\)$"),
+        ("foo:bar", {}, "model 'foo:bar' is unknown"),
         ("JettCLIP-T", {"text_tower": "lenght_aware"}, "tower 'lenght_aware' .* 'length_aware'"),
         ("LongCLIP-B", {"text_tower": "stretched"}, "has its published text tower, longclip"),
         ("JettCLIP-T", {"imagesize": 32}, "of JettCLIP-T 'imagesize' .* did you mean 'image_size'"),

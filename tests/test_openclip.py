@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 import jettclip
 from jettclip import data, evaluate, openclip, train
 from jettclip.checkpoints import file_hash, save_folder
+from jettclip.deploy.export import export
 from jettclip.features import CachedFeatures, FeatureCache
 from jettclip.models import load_folder
 from jettclip.models import transforms as transforms_of
@@ -111,11 +112,39 @@ def test_cached_features_are_those_of_open_clip(name, registered, table, tmp_pat
 
 
 def test_published_weights_of_a_model_of_open_clip(registered, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="knows no published weights of tiny-openai"):
+    with pytest.raises(FileNotFoundError, match="for tiny-openai, the word 'published' is unknown"):
         jettclip.create_model("tiny-openai", "published")
     save_folder(jettclip.create_model("tiny-openai"), tmp_path / "folder")
     again = jettclip.create_model(f"local-dir:{tmp_path / 'folder'}", "published")
     assert set(again.state_dict()) == set(load_folder(tmp_path / "folder").state_dict())
+
+
+def test_what_open_clip_cannot_open_is_told_in_one_sentence(registered, tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"no tensors")
+    hint = "local-dir:FOLDER$"
+    for asked in (["tiny-openai", tmp_path / "a.pt"], [f"local-dir:{tmp_path}"], ["local-dir:"]):
+        with pytest.raises(OSError, match=f"open_clip cannot open {asked[0]} .*{hint}") as caught:
+            jettclip.create_model(*asked)
+        assert "\n" not in str(caught.value)
+    save_folder(jettclip.create_model("tiny-openai"), tmp_path)
+    (tmp_path / "open_clip_model.safetensors").unlink()  # no random weights instead
+    (tmp_path / "a.pt").unlink()
+    with pytest.raises(OSError, match="could not be loaded"):
+        jettclip.create_model(f"local-dir:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "name, asked", [("tiny-openai", {"image_size": 64}), ("local-dir:x", {"pretrained": "a.pt"})]
+)
+def test_nothing_that_is_asked_is_ignored(registered, name, asked):
+    with pytest.raises(ValueError, match=f"{name} has its own .* leave out .*{[*asked][0]}"):
+        jettclip.create_model(name, **asked)
+    assert jettclip.create_model("tiny-openai", image_size=32, context_length=77)
+
+
+def test_a_model_of_open_clip_cannot_be_exported(registered, tmp_path):
+    with pytest.raises(ValueError, match="cannot export tiny-openai: only JettCLIP, MobileCLIP"):
+        export(jettclip.create_model("tiny-openai"), tmp_path / "export")
 
 
 def test_towers_and_heads_are_the_model(registered, table, tmp_path):

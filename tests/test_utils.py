@@ -24,7 +24,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_the_nearest_name_ignores_case(word, found):
     error = utils.nearest(word, ["rd", "crd", "fd", "LongCLIP-L", "LongCLIP-B"], "name")
     assert error.startswith(f"name {word!r} is unknown: did you mean {found!r}?")
-    assert utils.nearest(7, [], "name") == "name 7 is unknown: Known: "
+    assert utils.nearest(7, [], "name") == "name 7 is unknown: Known: none"
+
+
+def test_of_many_names_the_nearest_are_listed():
+    error = utils.nearest("ViT-B-33", [f"ViT-B-{i}" for i in range(32, 80)], "model")
+    assert "did you mean 'ViT-B-3" in error and error.endswith("... (48 in all)")
+    assert error.count("ViT-B-") <= 7
 
 
 def test_what_is_printed_cannot_control_the_terminal():

@@ -48,6 +48,8 @@ def export(model, folder):
 
     Raises RuntimeError, and writes nothing, if the graphs differ from PyTorch by over TOLERANCE.
     """
+    if model.config["text_tower"] == "open_clip":
+        raise ValueError(f"cannot export {model.name}: only JettCLIP, MobileCLIP and LongCLIP")
     size, length, trims = model.image_size, model.context_length, model.text.trims
     config = {key: model.config[key] for key in ("text_tower", "embed_dim", "preprocess")}
     config |= {"model": model.name, "precision": "fp32", "opset": ONNX["opset_version"]}
