@@ -16,8 +16,6 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-import regex
-
 from . import web
 from .deploy import runtime
 from .photos import PhotoIndex, say
