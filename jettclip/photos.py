@@ -180,12 +180,7 @@ class PhotoIndex:
     def select(self, below="", since="", until=""):
         """Rows of the photos in the subfolder `below` taken from the day `since` to `until`: these
         are written 2024-05-31, 2024-05 or 2024."""
-        root, prefix = self.folder.absolute(), ""
-        if below:
-            place = Path(os.path.normpath(root / below))
-            if not (place.is_dir() and place.is_relative_to(root)):
-                raise NotADirectoryError(f"{place} is no folder in {root}")
-            prefix = os.path.join(place.relative_to(root), "") if place != root else ""
+        prefix = os.path.join(os.path.normpath(below), "") if below else ""
         days = [self.rows[path][1] for path in self.photos]
         rows = [row for row, path in enumerate(self.photos) if path.startswith(prefix)]
         rows = [row for row in rows if days[row][: len(since)] >= since]
@@ -220,9 +215,7 @@ class PhotoIndex:
             rows = rows[near >= np.partition(near, -count)[-count]]
         cosines = self.cosines(rows, query)
         best = np.argsort(-cosines, kind="stable")[:top]
-        return [
-            (self.folder / self.photos[rows[row]], min(1.0, float(cosines[row]))) for row in best
-        ]
+        return [(self.folder / self.photos[rows[row]], float(cosines[row])) for row in best]
 
     def cosines(self, rows, queries):
         return self.features[rows].astype(np.float32) @ queries  # (N, d) @ (d, ...) -> (N, ...)
@@ -234,7 +227,7 @@ class PhotoIndex:
         paths = [self.folder / self.photos[row] for row in rows]
         features = self.features[rows].astype(np.float32)
         return [
-            [(paths[row], min(1.0, float(features[row] @ features[group[0]]))) for row in group]
+            [(paths[row], float(features[row] @ features[group[0]])) for row in group]
             for group in nearest.groups(features, least)
         ]
 
@@ -251,8 +244,7 @@ def check_writable(file):
     """Fail now, not after the work, if `file` cannot be written."""
     file = Path(file).absolute()
     try:
-        if file.parent.name == ".jettclip":  # another missing folder is a misspelt one
-            file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=file.parent).close()
         if file.is_dir():
             raise IsADirectoryError(0, "it is a folder")

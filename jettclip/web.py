@@ -26,13 +26,6 @@ def thumbnail(path, size=320):
     return jpeg.getvalue()
 
 
-def natural(text):
-    """0, 1, 2...; anything else is a ValueError."""
-    if text.isdecimal():
-        return int(text)
-    raise ValueError(f"{text!r} is no natural number")
-
-
 def server(index):
     """A page for `index` on this machine -> (server to `serve_forever()`, its address).
 
@@ -46,15 +39,17 @@ def server(index):
         photos = []
         with lock:
             index.report = (notes := []).append  # shown on the page
-            image = list(numbers)[natural(like)] if like else None
-            for path, score in index.search(text, natural(top), image, without):
-                number = numbers.setdefault(path, len(numbers))
-                name = shown(path.relative_to(index.folder))
-                photos.append({"number": number, "name": name, "score": score})
+            image = list(numbers)[int(like)] if like else None
+            for path, score in index.search(text, int(top), image, without):
+                number, name = (
+                    numbers.setdefault(path, len(numbers)),
+                    path.relative_to(index.folder),
+                )
+                photos.append({"number": number, "name": shown(name), "score": score})
         return "application/json", json.dumps({"notes": notes, "photos": photos}).encode()
 
     def photo(number, size):
-        return "image/jpeg", thumbnail(list(numbers)[natural(number)], min(natural(size), 2000))
+        return "image/jpeg", thumbnail(list(numbers)[int(number)], min(int(size), 2000))
 
     answers = {"search": search, "photo": photo}
     answers[""] = lambda: ("text/html; charset=utf-8", start.encode())
@@ -67,7 +62,7 @@ def server(index):
                 if not secrets.compare_digest(key.encode(), secret.encode()):
                     raise KeyError
                 kind, content = answers[name](**dict(parse_qsl(url.query)))
-            except (LookupError, TypeError, ValueError, ArithmeticError):
+            except (LookupError, TypeError, ValueError):
                 return self.send_error(404)
             with suppress(ConnectionError):  # while the user types, the page drops old answers
                 self.send_response(200)
