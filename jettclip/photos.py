@@ -48,6 +48,8 @@ class PhotoIndex:
         self.file = Path(file or self.folder / ".jettclip/index.npz")
         if not (file or self.inside(self.file)):
             raise ValueError(f"{self.file} is a link out of the folder: name a file with --index")
+        if file and not self.file.parent.is_dir():
+            raise FileNotFoundError(f"{self.file.parent} is no folder: use another --index")
         self.rows = self.read()  # path below folder -> ((size, time of change), day, feature (d,))
         self.photos, self.features, self.coarse = [], self.matrix([]), None  # as `update` saw them
 
@@ -179,21 +181,28 @@ class PhotoIndex:
 
     def select(self, below="", since="", until=""):
         """Rows of the photos in the subfolder `below` taken from the day `since` to `until`: these
-        are written 2024-05-31, 2024-05 or 2024."""
-        prefix = os.path.join(os.path.normpath(below), "") if below else ""
-        days = [self.rows[path][1] for path in self.photos]
-        rows = [row for row, path in enumerate(self.photos) if path.startswith(prefix)]
-        rows = [row for row in rows if days[row][: len(since)] >= since]
-        return np.array([row for row in rows if days[row][: len(until)] <= until], int)
+        are written 2024-05-31, 2024-05 or 2024. Raises ValueError where no photo can be."""
+        subfolder = self.folder / below
+        if not (subfolder.is_dir() and self.inside(subfolder)):
+            raise ValueError(f"--below {below}: {self.folder} has no such subfolder")
+        if since > until + "~":  # which sorts after all days of a month or year
+            raise ValueError(f"--since {since} is after --until {until}: exchange them")
+        below = os.path.relpath(os.path.realpath(subfolder), os.path.realpath(self.folder))
+        prefix = "" if below == "." else os.path.join(below, "")
+        days = [(path, self.rows[path][1]) for path in self.photos]
+        return np.flatnonzero([p.startswith(prefix) and since <= d <= until + "~" for p, d in days])
 
     def search(self, text="", top=5, image=None, without="", rows=None):
         """The `top` photos nearest to `text` and `image` (what `read_photo` reads), and far from
         the text `without`, among `rows` -> [(path, cosine similarity)], best first."""
+        if top < 1:
+            raise ValueError(f"top is {top}: ask for at least 1 photo")
         asked, length = [], self.model.context_length
         for sign, words in ((1, text), (-1, without)):
             if (tokens := len(self.model.tokenizer.encode(words)) + 2) > length:
-                problem = f"{tokens} tokens: the model reads the first {length}"
-                self.report(f"the description has {problem}")
+                self.report(
+                    f"the description has {tokens} tokens: the model reads the first {length}"
+                )
             if tokens > 2:
                 asked.append((sign, self.model.encode_text([words])[0]))
         if image is not None:
@@ -215,7 +224,8 @@ class PhotoIndex:
             rows = rows[near >= np.partition(near, -count)[-count]]
         cosines = self.cosines(rows, query)
         best = np.argsort(-cosines, kind="stable")[:top]
-        return [(self.folder / self.photos[rows[row]], float(cosines[row])) for row in best]
+        scores = np.minimum(cosines, 1).tolist()  # float16 features may be longer than 1
+        return [(self.folder / self.photos[rows[row]], scores[row]) for row in best]
 
     def cosines(self, rows, queries):
         return self.features[rows].astype(np.float32) @ queries  # (N, d) @ (d, ...) -> (N, ...)
@@ -226,9 +236,10 @@ class PhotoIndex:
         rows = sorted(rows, key=lambda row: -self.rows[self.photos[row]][0][0])
         paths = [self.folder / self.photos[row] for row in rows]
         features = self.features[rows].astype(np.float32)
+        features /= np.linalg.norm(features, axis=1, keepdims=True) + 1e-9  # not 1 in float16
         return [
-            [(paths[row], float(features[row] @ features[group[0]])) for row in group]
-            for group in nearest.groups(features, least)
+            [(paths[row], min(1.0, float(features[row] @ features[group[0]]))) for row in group]
+            for group in nearest.groups(features, least - 1e-6)
         ]
 
 
@@ -242,9 +253,8 @@ def day_taken(path):
 
 def check_writable(file):
     """Fail now, not after the work, if `file` cannot be written."""
-    file = Path(file).absolute()
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(exist_ok=True)
         tempfile.TemporaryFile(dir=file.parent).close()
         if file.is_dir():
             raise IsADirectoryError(0, "it is a folder")

@@ -13,6 +13,8 @@ import os
 import sys
 import time
 from contextlib import suppress
+from datetime import date
+from functools import partial
 from pathlib import Path
 
 from . import web
@@ -71,42 +73,50 @@ def choose_model(args):
     return model
 
 
-def day(text):
-    """A day, month or year of the command line."""
-    if regex.fullmatch(r"(\d{4}(-\d\d){0,2})?", text):
-        return text
-    raise argparse.ArgumentTypeError(f"{text!r} is not written as 2024-05-31, 2024-05 or 2024")
+def check(convert, valid, wanted, text):
+    """What `convert` makes of an argument's text, if that is `valid`."""
+    with suppress(ValueError):
+        if valid(value := convert(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+
+
+def is_day(text):
+    """Whether a text is a day of the calendar, or the month or year that one begins with."""
+    return date.fromisoformat((text + "-01-01")[:10]).isoformat().startswith(text)
 
 
 def parse(argv):
     parser = argparse.ArgumentParser("python -m jettclip.search", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add, path = parser.add_argument, os.path.expanduser
+    add, words = parser.add_argument, partial(check, str, str.strip, "a text: it is empty")
+    path = partial(check, os.path.expanduser, bool, "a path: it is empty")
+    photo = partial(check, os.path.expanduser, os.path.isfile, "a photo: there is no such file")
+    day = partial(check, str, is_day, "a day, month or year, such as 2024-05-31, 2024-05 or 2024")
+    count = partial(check, int, lambda value: value >= 1, "a whole number of at least 1")
+    cosine = partial(check, float, lambda value: 0 < value <= 1, "a cosine above 0, at most 1")
     add("folder", type=path, help="photos, in subfolders too")
-    add("text", nargs="?", default="", help="the description; without one, the index is updated")
-    add("--image", type=path, help="more like this photo, and as the text says, if there is one")
-    add("--without", default="", metavar="TEXT", help="what the photos shall not show")
-    add("--below", default="", metavar="SUBFOLDER", help="only photos in this folder of FOLDER")
-    add("--since", default="", type=day, help="only photos of this day, month, year or later")
-    add("--until", default="", type=day, help="only photos of this day, month, year or earlier")
-    add(
-        "--duplicates",
-        type=float,
-        nargs="?",
-        const=0.95,
-        metavar="COSINE",
-        help="find groups of near-duplicates (default: %(const)s or more), the largest file first",
-    )
-    add("--model", help="export, run folder, checkpoint, name (MobileCLIP2-S0); default: the last")
+    add("text", nargs="?", type=words, help="the description; without one, the index is updated")
+    add("--image", type=photo, help="more like this photo, and as the text says, if there is one")
+    add("--without", type=words, metavar="TEXT", help="what the photos shall not show")
+    add("--below", type=path, metavar="SUBFOLDER", help="only photos in this folder of FOLDER")
+    add("--since", type=day, help="only photos of this day, month, year or later")
+    add("--until", type=day, help="only photos of this day, month, year or earlier")
+    what = "find groups of near-duplicates (default: %(const)s or more), the largest file first"
+    add("--duplicates", type=cosine, nargs="?", const=0.95, metavar="COSINE", help=what)
+    add("--model", type=path, help="export, run folder, checkpoint, MobileCLIP2-S0; default: last")
     add("--name", help="the model that a published checkpoint holds, such as JettCLIP-S0")
     add("--backend", choices=runtime.BACKENDS, default="onnxruntime", help="default: onnxruntime")
-    add("--top", type=int, default=5, help="photos to show (default: %(default)s)")
+    add("--top", type=count, default=5, help="photos to show (default: %(default)s)")
     add("--index", type=path, help="default: FOLDER/.jettclip/index.npz")
     add("--json", action="store_true", help="print objects, one a line: path, score")
     add("--web", action="store_true", help="serve a page on this machine")
     args = parser.parse_intermixed_args(argv)
-    if args.without and not (args.text or args.image):
-        parser.error("--without needs a description or --image")
+    query = args.text or args.image
+    if args.duplicates and (query or args.without):
+        parser.error("--duplicates goes with no description, --image or --without")
+    if (args.without or args.below or args.since or args.until) and not (query or args.duplicates):
+        parser.error("--without, --below, --since and --until need a description or --image")
     return args
 
 
@@ -123,16 +133,16 @@ def show(groups, as_json):
                 print(str(path).replace("\n", "\\n"))
 
 
-def find(index, args):
+def find(index, args, limits):
     """Groups of photos that the user asks for; a search finds one."""
-    rows = index.select(args.below, args.since, args.until)
+    rows = index.select(**limits)
     if len(rows) < len(index.photos):
-        say(f"{len(rows):,} of them in that folder and of those days")
+        say(shown(f"{len(rows):,} of them {' '.join(map(' '.join, limits.items()))}"))
     if args.duplicates:
         return index.duplicates(args.duplicates, rows)
     index.search(".")  # opens the text tower
     start = time.perf_counter()
-    found = index.search(args.text, args.top, args.image, args.without, rows)
+    found = index.search(args.text or "", args.top, args.image, args.without or "", rows)
     say(f"answered in {1e3 * (time.perf_counter() - start):.1f} ms")
     return [found]
 
@@ -144,13 +154,15 @@ def main(argv=None):
     sys.stdout.reconfigure(errors=errors)
     try:
         index = PhotoIndex(args.folder, choose_model(args), args.index)
+        limits = {k: v for k, v in vars(args).items() if v and k in ("below", "since", "until")}
+        index.select(**limits)  # of no photos yet: wrong limits end here, before the work
         counts = index.update()
         done, seconds = counts["new"] + counts["changed"], counts.pop("seconds")
         summary = ", ".join(f"{count} {what}" for what, count in counts.items())
         speed = f"; indexed {done / seconds:.0f} a second" if done else ""
         say(f"{len(index.photos):,} photos; {summary}{speed}")
         if args.text or args.image or args.duplicates:
-            show(find(index, args), args.json)
+            show(find(index, args, limits), args.json)
         if args.web:
             server, address = web.server(index)
             say(f"open {address} (Ctrl+C ends it)")

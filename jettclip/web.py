@@ -39,26 +39,26 @@ def server(index):
         photos = []
         with lock:
             index.report = (notes := []).append  # shown on the page
-            image = list(numbers)[int(like)] if like else None
+            image = dict(enumerate(numbers))[int(like)] if like else None
             for path, score in index.search(text, int(top), image, without):
-                number, name = (
-                    numbers.setdefault(path, len(numbers)),
-                    path.relative_to(index.folder),
-                )
-                photos.append({"number": number, "name": shown(name), "score": score})
+                name = shown(path.relative_to(index.folder))
+                number = numbers.setdefault(path, len(numbers))
+                photos.append({"number": number, "name": name, "score": score})
         return "application/json", json.dumps({"notes": notes, "photos": photos}).encode()
 
     def photo(number, size):
-        return "image/jpeg", thumbnail(list(numbers)[int(number)], min(int(size), 2000))
+        if int(size) < 1:
+            raise ValueError
+        return "image/jpeg", thumbnail(dict(enumerate(numbers))[int(number)], min(int(size), 2000))
 
     answers = {"search": search, "photo": photo}
     answers[""] = lambda: ("text/html; charset=utf-8", start.encode())
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            url = urlsplit(self.path)
-            key, _, name = url.path[1:].partition("/")
             try:
+                url = urlsplit(self.path)
+                key, _, name = url.path[1:].partition("/")
                 if not secrets.compare_digest(key.encode(), secret.encode()):
                     raise KeyError
                 kind, content = answers[name](**dict(parse_qsl(url.query)))

@@ -117,6 +117,9 @@ def test_text_and_photo_and_not(coloured):
     assert path.stem == "purple" and score == pytest.approx(1, abs=1e-3)
     assert stems(coloured.search("red", 4, without="blue")) == ["red", "purple", "green", "blue"]
     assert coloured.search(without="blue") == coloured.search(" ") == []
+    for top in (0, -1):
+        with pytest.raises(ValueError, match=f"top is {top}: ask for at least 1 photo"):
+            coloured.search("red", top)
     (coloured.folder / "red/red.png").unlink()  # of one photo, too
     assert stems(coloured.search("red", rows=coloured.select("blue"))) == ["blue"]
 
@@ -139,10 +142,20 @@ def test_filters_by_folder_and_day(coloured):
             (("", "", "2024-05"), {"dated", "undated"}),
             (("", "2023-02", "2024"), {"dated"}),
             (("", "", "2023"), {"undated"}),
-            (("re",), set()),
+            (("", "2023-12-31", "2023"), set()),
+            (("", "2024-06"), set(COLOURS)),
+            ((".", "", "2024"), {"dated", "undated"}),
+            ((folder / "blue/../red", "", "2024"), {"dated"}),
         ):
             rows = again.select(*limits)
             assert {os.path.basename(again.photos[row]).split(".")[0] for row in rows} == names
+    (folder / "out").symlink_to(folder.parent)
+    for below in ("re", "red/red.png", "..", "/", "out", folder.parent):
+        with pytest.raises(ValueError, match=f"--below {below}: {folder} has no such subfolder"):
+            coloured.select(below)
+    for since, until in (("2024", "2023"), ("2024-06", "2024-05-31"), ("2024-05-02", "2024-05-01")):
+        with pytest.raises(ValueError, match=f"--since {since} is after --until {until}"):
+            coloured.select("", since, until)
 
 
 def test_groups_of_near_duplicates(coloured, monkeypatch):
@@ -157,6 +170,16 @@ def test_groups_of_near_duplicates(coloured, monkeypatch):
     ((first, second),) = coloured.duplicates(0.99, coloured.select())
     assert (first[0].name, second[0].name) == ("large.bmp", "red.png")
     assert second[1] == pytest.approx(1, abs=1e-3)
+
+
+def test_cosines_are_at_most_1(coloured):
+    """Features in float16 have other lengths than 1: copies are alike to 1 all the same."""
+    coloured.features = coloured.features * np.float16(1.001)
+    coloured.features[2] = coloured.features[3] * np.float16(0.998)
+    assert max(score for _, score in coloured.search("red")) == 1
+    (group,) = coloured.duplicates(1, coloured.select())
+    assert [score for _, score in group] == [1, pytest.approx(1, abs=1e-6)]
+    assert max(score for _, score in group) <= 1
 
 
 @pytest.mark.parametrize("width", [48, 200])
@@ -228,6 +251,23 @@ def test_the_page_searches_and_shows_photos(site, coloured):
     assert [found["name"] for found in like] == ["blue/blue.png"]
     sentence = "the description has 22 tokens: the model reads the first 9"
     assert json.loads(site("search", text="red " * 20)[1])["notes"] == [sentence]
+
+
+def test_the_page_answers_404_to_wrong_numbers(site, coloured, capfd):
+    site("search", text="red")
+    wrong = ["-1", "-4", "4", "9" * 30, "9" * 5000, "nan", "inf", "1e0", "0.5", "red", "\0", " "]
+    for number in wrong:
+        assert site("photo", number=number, size=9)[0] == 404, number
+        assert site("search", text="red", like=number)[0] == 404, number
+    for size in ("0", "-9", "-" + "9" * 30, "nan", "red", " "):
+        assert site("photo", number=0, size=size)[0] == 404, size
+        assert site("search", text="red", top=size)[0] == 404, size
+    for query in ({}, {"number": 0}, {"size": 9}, {"number": "", "size": 9}):
+        assert site("photo", **query)[0] == 404, query
+    assert site(root="ftp://[/")[0] == 404
+    assert len(json.loads(site("search", text="red", top="9" * 30)[1])["photos"]) == 4
+    assert Image.open(io.BytesIO(site("photo", number=0, size="9" * 30)[1])).size == (9, 9)
+    assert capfd.readouterr().err == ""  # no traceback
 
 
 def test_the_page_needs_its_secret_and_nothing_from_elsewhere(site, coloured):
@@ -403,6 +443,7 @@ def test_the_command_line_needs_no_torch(folder, exported, update, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.html").touch()
     (tmp_path / "locked").touch()
+    (tmp_path / "more").mkdir()
     update()  # its index names no model
     with monkeypatch.context() as patch:  # before any work
         patch.setattr(search.PhotoIndex, "embed", lambda *_: pytest.fail("embeds"))
@@ -411,7 +452,13 @@ def test_the_command_line_needs_no_torch(folder, exported, update, tmp_path, mon
             (f"~/nowhere --model {exported[1]}", f"{tmp_path}/nowhere is not a folder"),
             ("photos --model ~/nothing", f"{tmp_path}/nothing is no export folder, run folder or"),
             ("photos --model notes.html", "--name which model notes.html holds"),
-            (f"photos --model {exported[1]} --index locked/x", "write .*: use another --index"),
+            (f"photos --model {exported[1]} --index more", "write .*: use another --index"),
+            (f"photos --model {exported[1]} --index locked/x", "locked is no folder: use another"),
+            (
+                f"photos --model {exported[1]} --index a/b/c",
+                "a/b is no folder: use another --index",
+            ),
+            (f"photos x --model {exported[1]} --below re", "--below re: photos has no such sub"),
         ):
             with pytest.raises(SystemExit, match=message):
                 search.main(arguments.split())
@@ -447,9 +494,49 @@ def test_what_is_printed_for_pipes_and_scripts(coloured, monkeypatch, capfdbinar
     assert [len(group.splitlines()) for group in printed("--duplicates").split(b"\n\n")] == [2, 2]
     groups = [json.loads(line)["group"] for line in printed("--duplicates", "--json").splitlines()]
     assert groups == [1, 1, 2, 2]
-    for arguments in (["--without", "snow"], ["red", "--since", "31.5.2024"]):
+    with open(os.dup(1), "w") as sys.stdout:
+        search.main([*map(str, (coloured.folder, "red", "--index", coloured.file)), "--until=2000"])
+    assert b"0 of them until 2000\n" in capfdbinary.readouterr().err
+
+
+DAYS = ["2024-13", "2024-02-31", "0000", "2024-5", "2024-W01-1", "31.5.2024", ""]
+WRONG = {
+    "a whole number of at least 1": {"--top": ["0", "-1", "1.5", "x"]},
+    "a cosine above 0, at most 1": {"--duplicates": ["0", "2", "-1", "nan", "two dogs"]},
+    "a day, month or year, such as 2024-05-31": {"--since": DAYS, "--until": DAYS},
+    "a photo: there is no such file": {"--image": ["", "nowhere.jpg"]},
+    "a path: it is empty": {"--index": [""], "--below": [""], "--model": [""]},
+    "a text: it is empty": {"--without": ["", " "]},
+}
+
+
+def test_wrong_arguments_are_refused_before_any_work(capsys):
+    def refused(message, *arguments):
         with pytest.raises(SystemExit, match="2"):
-            printed(*arguments)
+            search.parse(["photos", *arguments])
+        assert message in capsys.readouterr().err
+
+    for wanted, options in WRONG.items():
+        for option, values in options.items():
+            for value in values:
+                message = f"argument {option}: {value!r} is not {wanted}"
+                refused(message, "x", option, value)
+    refused("argument text: '' is not a text: it is empty", "")
+    for query in (["x"], ["--image", __file__], ["--without", "x"]):
+        message = "--duplicates goes with no description, --image or --without"
+        refused(message, *query, "--duplicates")
+    for limit in (["--without", "x"], ["--below", "x"], ["--web", "--since", "2024"]):
+        message = "--without, --below, --since and --until need a description or --image"
+        refused(message, *limit)
+
+
+def test_right_days_and_numbers():
+    for text in ("2024", "2024-02", "2024-02-29"):
+        args = search.parse(["photos", "x", "--since", text, "--until", text, "--top", "1"])
+        assert (args.since, args.until, args.top) == (text, text, 1)
+    given = [[], ["--duplicates"], ["--duplicates", "1"], ["--duplicates", ".01"]]
+    found = [search.parse(["photos", *arguments]).duplicates for arguments in given]
+    assert found == [None, 0.95, 1, 0.01]
 
 
 def test_a_run_folder_is_exported_once(exported, tmp_path, monkeypatch, capsys):
