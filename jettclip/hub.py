@@ -78,8 +78,12 @@ def published(name, word="published"):
 
 def reason(error):
     """What is wrong, in one line: the hub's answer or the first cause, not what hides it."""
-    while (cause := error.__cause__ or error.__context__) and not isinstance(error, HfHubHTTPError):
-        error = cause
+    link = error  # libraries wrap the hub's errors, some without naming the cause
+    while link and not isinstance(link, HfHubHTTPError | LocalEntryNotFoundError):
+        link = link.__cause__ or link.__context__
+    error = link or error
+    while error.__cause__ and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__
     offline = constants.HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError)
     told = shorten(str(error) or repr(error), 2000)  # a longer one lists a checkpoint's keys
     return f"HF_HUB_OFFLINE is set: {told}" if offline else told

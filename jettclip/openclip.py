@@ -190,7 +190,7 @@ def create(name, pretrained=None, **sizes):
         model = open_clip.create_model(name, pretrained, **options)
     except Exception as error:  # of several libraries
         problem = f"open_clip cannot open {name} (pretrained={pretrained}: {hub.reason(error)})"
-        todo = "download its files by hand, and name their folder local-dir:FOLDER"
+        todo = "download it and its tokenizer by hand, and name their folder local-dir:FOLDER"
         raise OSError(f"{problem}: {todo}") from None
     if type(model) is not open_clip.CustomTextCLIP:
         raise ValueError(f"{name} is a {type(model).__name__}: a teacher has two towers, as CLIP")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from jettclip import hub
 from jettclip.checkpoints import save_folder
@@ -94,6 +95,12 @@ def test_the_reason_is_the_first_cause_whole_and_in_one_line(served):
     error = OSError("retrying\n1 of 5")
     error.__cause__ = ValueError("host unknown,\nas " + "x" * 300)
     assert hub.reason(error) == "host unknown, as " + "x" * 300
+    error = ValueError("no such kind of model")
+    error.__context__ = KeyError("kind")  # which a library met on its way
+    assert hub.reason(error) == "no such kind of model"
+    error.__context__ = LocalEntryNotFoundError("not found")  # which it wrapped
+    error.__context__.__cause__ = ConnectionError("host unknown")
+    assert hub.reason(error) == "host unknown"
     with pytest.raises(OSError) as caught:  # the hub's answer
         hub.published("LongCLIP-B")
     assert "Entry Not Found for url" in str(caught.value) and "\n" not in str(caught.value)

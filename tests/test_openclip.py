@@ -131,6 +131,9 @@ def test_what_open_clip_cannot_open_is_told_in_one_sentence(registered, tmp_path
     (tmp_path / "a.pt").unlink()
     with pytest.raises(OSError, match="could not be loaded"):
         jettclip.create_model(f"local-dir:{tmp_path}")
+    (tmp_path / "open_clip_config.json").write_text("half")
+    with pytest.raises(OSError, match="Expecting value: line 1"):
+        jettclip.create_model(f"local-dir:{tmp_path}")
 
 
 @pytest.mark.parametrize(
