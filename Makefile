@@ -19,7 +19,7 @@ report sweep lab: export GOMP_SPINCOUNT ?= 1000
 # they cost nothing: a step of JettCLIP-Lite's image tower takes 1.9 s, not 3.9 s.
 report sweep lab: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184
 
-.PHONY: help setup test test-browser test-cluster check report sweep unlock demo lab bench clean
+.PHONY: help setup test test-browser test-cluster check report sweep unlock demo lab bench gpu-check clean
 
 help:
 	@echo "make report [PROFILE=scenes]  run the notebooks, build report/build/index.html [THREADS=1] [KEEP_GOING=1]"
@@ -31,6 +31,7 @@ help:
 	@echo "make demo PHOTOS=folder       search your photographs in the browser"
 	@echo "make lab                      open the notebooks in JupyterLab"
 	@echo "make bench                    measure into results/{latency,training,data} [BENCH=latency] [CAPTIONS=file.parquet]"
+	@echo "make gpu-check                compare a GPU with the CPU and measure it, into results/gpu (8 minutes)"
 	@echo "make setup                    create or update .venv; the targets above do so themselves"
 	@echo "make unlock                   free the folder, if Snakemake says that it is locked"
 	@echo "make clean [PROFILE=scenes]   delete runs/PROFILE (models, caches); results/ stays"
@@ -108,12 +109,17 @@ lab: setup
 	$(if $(filter-out /% ~%,$(firstword $(JETTCLIP_DATA))),JETTCLIP_DATA="$(CURDIR)/$$JETTCLIP_DATA") \
 		$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/README.ipynb
 
+MEASURE = mkdir -p runs/benchmarks; JUPYTER_PATH="$(CURDIR)/workflow" $(BIN)/python -m papermill \
+	notebooks/benchmarks/$$name.ipynb runs/benchmarks/$$name.ipynb -k python3 -l python --cwd notebooks \
+	--no-progress-bar --log-level ERROR --stdout-file - --stderr-file -
+
 bench: setup
-	@mkdir -p runs/benchmarks
-	@set -e; for name in $(BENCH); do \
-		JUPYTER_PATH="$(CURDIR)/workflow" $(BIN)/python -m papermill notebooks/benchmarks/$$name.ipynb \
-			runs/benchmarks/$$name.ipynb -k python3 -l python --cwd notebooks --no-progress-bar --log-level ERROR \
-			--stdout-file - --stderr-file - $(if $(CAPTIONS),-p captions "$(if $(filter /% ~%,$(firstword $(CAPTIONS))),,$(CURDIR)/)$(CAPTIONS)"); done
+	@set -e; for name in $(BENCH); do $(MEASURE) $(if $(CAPTIONS),-p captions "$(if $(filter /% ~%,$(firstword $(CAPTIONS))),,$(CURDIR)/)$(CAPTIONS)"); done
+
+# The CPU's numbers again, on a GPU; then what a step of the full-size student costs there.
+gpu-check: setup
+	@name=gpu; $(MEASURE) && name=training; $(MEASURE) -p model JettCLIP-S0 -p teacher LongCLIP-B -p batch_size 256 \
+		-y '{loss_batches: [256]}' -p results ../results/gpu
 
 clean:
 	@test -f notebooks/profiles/$(PROFILE).yaml || { echo "no profile '$(PROFILE)'"; exit 1; }

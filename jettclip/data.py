@@ -5,6 +5,7 @@ import hashlib
 import multiprocessing
 import os
 import shutil
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -311,10 +312,22 @@ def in_order(n, batch_size, k=0):
     return [pairs[i : i + batch_size] for i in range(0, n, batch_size)]
 
 
+def ahead(read, items, threads):
+    """read(item) of each of `items`, in order, by threads that are two items each ahead."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(read, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        yield from (done.result() for done in waiting)
+
+
 def loader(dataset, batches, device="cpu"):
     """Read `batches` (B, 2) of row and crop -> rows (B,), crops (B,) on the CPU, and on `device`
-    images (B, 3, S, S), long and short tokens (B, L). Workers read what is not in memory."""
-    workers, context = 0, None
+    images (B, 3, S, S), long and short tokens (B, L). Workers read what is not in memory; threads
+    what is, while a GPU computes."""
+    workers, context, on_gpu = 0, None, torch.device(device).type == "cuda"
     if len(batches) and not dataset.in_memory:  # fewer where batches would not fit shared memory
         shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else IN_MEMORY
         workers = min(CORES, 8, shared // (9 * len(batches[0]) * dataset.image_size**2))
@@ -329,9 +342,11 @@ def loader(dataset, batches, device="cpu"):
         batch_size=None,  # the data set makes whole batches
         num_workers=workers,
         multiprocessing_context=context,
-        pin_memory=torch.device(device).type == "cuda",
+        pin_memory=on_gpu,
         generator=torch.Generator(),  # the global one would move once more in a resumed run
     )
+    if on_gpu and dataset.in_memory:
+        loaded = ahead(dataset.batch, batches, min(CORES, 4))
     for batch, tensors in zip(batches, loaded, strict=True):
         rows, ks = torch.as_tensor(np.asarray(batch)).T
         pixels, long, short = (x.to(device, non_blocking=True) for x in tensors)

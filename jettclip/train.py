@@ -56,8 +56,7 @@ class Config:
     frozen_positions: int = 0  # first rows of the text's position table (Long-CLIP: 20)
     bf16: bool = False
     keep_best: bool = False  # the student is that of the best evaluation, not of the last step
-    eval_every: int = 50
-    save_every: int = 50  # a checkpoint is also written every minute
+    eval_every: int = 50  # a checkpoint is written then, and every minute
 
     def __post_init__(self):
         if unused := sorted({*self.method_weights} - {*parse_method(self.method)}):
@@ -264,10 +263,9 @@ def fit(model, config, dataset, folder, cache=None, validate=None, report=tqdm.w
 
             # evaluate, checkpoint
             evaluate = run.step % config.eval_every == 0 or run.step == config.steps
-            save = run.step % config.save_every == 0 or run.minute_passed()
             if is_first() and evaluate:
                 run.log(loss, terms, validate)
-            if is_first() and (evaluate or save):
+            if is_first() and (evaluate or run.minute_passed()):
                 run.save()
         model.to(memory_format=torch.contiguous_format).eval()
         run.load_best()

@@ -39,7 +39,7 @@ from jettclip.train import (
 from jettclip.train import run as run_job
 from jettclip.utils import write_json
 
-SETTINGS = {"steps": 8, "batch_size": 6, "warmup": 2, "save_every": 2, "eval_every": 3}
+SETTINGS = {"steps": 8, "batch_size": 6, "warmup": 2, "eval_every": 3}
 
 
 def run(folder, data, report=quiet, validate=None, model=None, **changes):
@@ -173,14 +173,14 @@ def test_a_damaged_checkpoint_is_not_used(whole, data, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(stopped, data, interrupt, save_every=100)
+        run(stopped, data, interrupt)
     content = (stopped / "last.ckpt").read_bytes()
     for name, damaged in {"cut": content[:5000], "missing": None}.items():
         folder, lines = shutil.copytree(stopped, tmp_path / name), []
         (folder / "last.ckpt").unlink()  # as if killed between the two renames
         if damaged:
             (folder / "last.ckpt").write_bytes(damaged)
-        run(folder, data, report=lines.append, save_every=100)
+        run(folder, data, report=lines.append)
         assert not damaged or "last.ckpt is damaged and not used" in lines.pop(0)
         assert lines[0] == f"resumed {name} at step 4 of 8" and same(folder, whole)
 
