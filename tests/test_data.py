@@ -3,7 +3,7 @@
 import hashlib
 import io
 import pickle
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
@@ -256,6 +256,16 @@ def test_loader_follows_its_batches(dataset):
     assert [rows.tolist() for rows, *_ in batches] == [[3, 1], [20]]
     for i, row in enumerate((3, 1)):
         assert all(torch.equal(batches[0][j][i], dataset[row, 0][j]) for j in (2, 3, 4))
+
+
+def test_threads_read_ahead():
+    """In order, not all at once, and with the error of one where it belongs."""
+    asked = []
+    read = data.ahead(lambda x: asked.append(x) or 6 // x, [*range(3, 30), 0, 1], 2)
+    assert next(read) == 2 and len(asked) < 8
+    assert list(islice(read, 26)) == [1, 1, 1] + [0] * 23
+    with pytest.raises(ZeroDivisionError):
+        next(read)
 
 
 def test_subsets_leave_out_the_first_sentence():

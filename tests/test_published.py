@@ -222,7 +222,7 @@ def test_a_folder_without_splits_is_split_by_name(tree, tmp_path):
 TABLES = [  # of a folder, each with one row of train, "a.jpg", "a red, dog"
     "image;caption;split\na.jpg;a red, dog;Train\nb.jpg;x;validation\n",
     "file_name\ttext\ta\tsplit\na.jpg\ta red, dog\t\ttrain\n\nb.jpg\tx\t\tVal",
-    'image,caption,file_name,split\nz.jpg,"a red, dog",a.jpg,\nb.jpg,x,b.jpg,val\n',
+    '\nimage,caption,file_name,split\nz.jpg,"a red, dog",a.jpg,\nb.jpg,x,b.jpg,val\n',
     'image,caption,split\r\na.jpg,"a red, dog",train,,\r\nb.jpg,x,val,,\r\n',
     '{"image": "a.jpg", "caption": "a red, dog"}\n{"image": "b.jpg", "text": "x", "split": "val"}',
 ]

@@ -196,14 +196,8 @@ def job(tmp_path_factory):
     FeatureCache.build(*build, report=quiet)
     settings = {"steps": 6, "batch_size": 8, "method": "crd", "components": 4, "eval_every": 1}
     job = {"data": str(folder), "caches": [str(folder / "cache")], "config": settings}
-    job |= {
-        "model": "JettCLIP-T",
-        "text_tower": "length_aware",
-        "image_size": 64,
-        "crops": 0,
-        "rows": 0,
-    }
-    return {**job, "context_length": 248}
+    job |= {"model": "JettCLIP-T", "text_tower": "length_aware", "image_size": 64}
+    return job | {"context_length": 248, "crops": 0, "rows": 0}
 
 
 def test_a_job_is_trained(job, tmp_path, capsys):

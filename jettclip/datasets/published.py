@@ -118,12 +118,14 @@ def _of_split(items, split):
     """Items of a `split`. What has no valid split counts once, in train."""
     for place, item in items:
         try:
+            if isinstance(item, Exception):
+                raise item
             found = (item.get("split") or "train").lower()
             found = OTHER_SPLITS.get(found, found)
             if found not in SPLITS:
                 raise ValueError(nearest(found, SPLITS, "split"))
         except Exception as error:
-            item, found = item if isinstance(item, Exception) else error, "train"
+            item, found = error, "train"
         if found == split:
             yield place, item
 
@@ -238,15 +240,18 @@ def karpathy(root, split, seed):
         return _table(_of_split(items, split), split, "filename", read, seed)
 
 
-NAMES = {"file_name": ("file_name", "image"), "long": ("long", "text", "caption")}
-NAMES |= {"short": ("short",), "split": ("split",)}
+NAMES = {
+    "file_name": ("file_name", "image"),
+    "long": ("long", "text", "caption"),
+    "short": ("short",),
+    "split": ("split",),
+}
 
 
 def _csv(file):
     """Rows of a CSV file with a header, as dictionaries, each with its place."""
-    text = _text(file)
-    header = text.lstrip().partition("\n")[0]
-    separator = max(",;\t", key=header.count)
+    text = _text(file).lstrip()
+    separator = max(",;\t", key=text.partition("\n")[0].count)
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     for place, row in _items(rows, file, "row", 1):
         if any(row.pop(None, ())):
@@ -284,9 +289,10 @@ def folder(root, split, seed):
         return _inside(root, item["file_name"]), [long, short] if short else [long]
 
     with _published(file):
-        if (is_json := file.suffix == ".jsonl") and _text(file).lstrip().startswith("["):
+        found = list((_lines if file.suffix == ".jsonl" else _csv)(file))
+        if found and isinstance(found[0][1], str) and found[0][1].lstrip().startswith("["):
             raise ValueError("it is one array: write one object a line, without brackets")
-        items = [(place, _named(row)) for place, row in (_lines if is_json else _csv)(file)]
+        items = [(place, _named(row)) for place, row in found]
         rows = [row for _, row in items if isinstance(row, dict)]
         if not any(row["split"] for row in rows):
             for row in rows:
