@@ -118,8 +118,8 @@ bench: setup
 
 # The CPU's numbers again, on a GPU; then what a step of the full-size student costs there.
 gpu-check: setup
-	@name=gpu; $(MEASURE) && name=training; $(MEASURE) -p model JettCLIP-S0 -p teacher LongCLIP-B -p batch_size 256 \
-		-y '{loss_batches: [256], pairs: 2048}' -p results ../results/gpu
+	@name=gpu; $(MEASURE) && name=training; $(MEASURE) -y '{model: JettCLIP-S0, teacher: LongCLIP-B, loss_batches: [128], \
+		methods: [fd, crd+fd], pairs: 1024, repeats: 5, results: ../results/gpu}'
 
 clean:
 	@test -f notebooks/profiles/$(PROFILE).yaml || { echo "no profile '$(PROFILE)'"; exit 1; }

@@ -18,6 +18,9 @@ from torch import nn
 from . import inputs
 
 CONTEXT = 248  # tokens that Long-CLIP reads, start and end token included
+# Packed captions fill a multiple of so many places: for each new length, cuDNN plans its convolutions
+# anew, and that takes longer than they do.
+MULTIPLE = {"cuda": 2048}
 
 
 @cache
@@ -112,7 +115,8 @@ def pack(x, end, gap):
     d e f g h
     """
     x = F.pad(x, (0, 0, 0, gap))  # (B, L, d) -> (B, L + gap, d)
-    return x[real_tokens(x, end + gap)].unsqueeze(0)  # -> (1, T, d)
+    x = x[real_tokens(x, end + gap)].unsqueeze(0)  # -> (1, t, d)
+    return F.pad(x, (0, 0, 0, -x.shape[1] % MULTIPLE.get(x.device.type, 1)))  # -> (1, T, d)
 
 
 def attend(block, x, mask=None, at=None, causal=False):

@@ -159,10 +159,12 @@ def test_window_around_the_end_token_and_folding_are_exact(mask_padding):
     assert not any(isinstance(module, text.TokenBatchNorm) for module in tower.modules())
 
 
-def test_packed_training_is_that_of_the_padded_batch():
+@pytest.mark.parametrize("n, multiple", [(44, 1), (32, 512)])  # in groups; as on a GPU
+def test_packed_training_is_that_of_the_padded_batch(n, multiple, monkeypatch):
     """Features, gradients and batch norm statistics, against `encode` on the whole padded batch."""
+    monkeypatch.setattr(text, "MULTIPLE", {"cpu": multiple})
     packed, padded = hybrid().train(), hybrid().train()
-    tokens = captions([3, 248, 4, 77, *np.random.default_rng(1).integers(3, 120, 40)])
+    tokens = captions([3, 248, 4, 77, *np.random.default_rng(1).integers(3, 120, n - 4)])
     x, end = packed.token_embedding(tokens) + packed.positional_embedding, tokens.argmax(dim=1)
     results = []
     for tower, features in ((packed, packed(tokens)), (padded, padded.encode(x.detach(), end))):
