@@ -18,8 +18,8 @@ from torch import nn
 from . import inputs
 
 CONTEXT = 248  # tokens that Long-CLIP reads, start and end token included
-# Packed captions fill a multiple of so many places: for each new length, cuDNN plans its convolutions
-# anew, and that takes longer than they do.
+# Packed captions fill a multiple of so many places: cuDNN plans its convolutions anew for each new
+# length, and that takes longer than they do.
 MULTIPLE = {"cuda": 2048}
 
 

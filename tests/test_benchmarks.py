@@ -77,6 +77,16 @@ def test_training(run):
     assert table.ratio[0] == 1 and (table.samples_s > 0).all() and table.waiting.between(0, 1).all()
 
 
+def test_gpu(run, capsys):
+    """Here the CPU is compared with itself; the notebook itself asserts its tolerances."""
+    tables = run("gpu", models=["JettCLIP-T"], timed="JettCLIP-T", pairs=4, batches=[1, 2])
+    error = tables["agreement"].set_index(["precision", "what"]).error
+    assert (error["fp32"] == 0).all() and (error["bf16"] > 0).all()
+    assert set(tables["autocast"].method) == {*METHODS} and (tables["optimizer"].error == 0).all()
+    assert len(tables["inference"]) == 16 and len(tables["memory"]) == 2
+    assert "All within the tolerances." in capsys.readouterr().out
+
+
 def test_data(run, tmp_path, capsys, monkeypatch):
     memory, asked = psutil.Process.memory_full_info, []
 
