@@ -168,9 +168,8 @@ def crop(image, box, image_size, interpolation="bilinear"):
 class PairDataset(Dataset):
     """Rows of a pairs table as tensors: `dataset[row, k]` is a row seen through its k-th crop.
 
-    crops: of `draw_crops`; by default the whole image. draws: crop k reads the table's longs and
-    shorts in their k-th order (and round again). preprocess: how the model scales pixels.
-    padding_front: of short captions, see `pad_front`.
+    crops: of `draw_crops`; by default the whole image. draws: crop k reads the k-th of the longs and
+    shorts (and round again). preprocess: scales pixels. padding_front: of shorts, see `pad_front`.
 
     Decoded images and token ids are kept while they fit `IN_MEMORY`. A larger table stays encoded,
     in Arrow's buffers, and a row is read when it is asked for.
@@ -192,9 +191,8 @@ class PairDataset(Dataset):
         self.tokenize = tokenize  # None: CLIP's own, which a worker makes for itself
         self.preprocess, self.keys = preprocess, list(table.key)
         self.crops = draw_crops(len(table), 1, seed=0) if crops is None else crops
-        self.draws = 1
-        if draws and len(table):
-            self.draws = min(len(table.longs.iloc[0]), self.crops.shape[1])
+        orders = len(table.longs.iloc[0]) if draws and len(table) else 1
+        self.draws = min(orders, self.crops.shape[1])
         self.captions = ["longs", "shorts"] if draws else ["long", "short"]
         columns = ["image", *self.captions, *table.columns.intersection(["digest"])]
         self.table = pa.Table.from_pandas(table[columns], preserve_index=False).combine_chunks()
@@ -249,9 +247,8 @@ class PairDataset(Dataset):
     def scaled(self, pixels):
         """uint8 (..., 3, S, S) -> float, as the model wants it."""
         pixels = transform.to_dtype(pixels, torch.float32, scale=True)
-        if self.preprocess == PLAIN:
-            return pixels
-        return transform.normalize(pixels, self.preprocess["mean"], self.preprocess["std"])
+        mean, std = self.preprocess["mean"], self.preprocess["std"]
+        return pixels if self.preprocess == PLAIN else transform.normalize(pixels, mean, std)
 
     def __len__(self):
         return len(self.keys)
@@ -325,8 +322,8 @@ def ahead(read, items, threads):
 
 def loader(dataset, batches, device="cpu"):
     """Read `batches` (B, 2) of row and crop -> rows (B,), crops (B,) on the CPU, and on `device`
-    images (B, 3, S, S), long and short tokens (B, L). Workers read what is not in memory; threads
-    what is, while a GPU computes."""
+    images (B, 3, S, S), long and short tokens (B, L). Workers read what is not in memory, threads
+    the rest, while a GPU computes."""
     workers, context, on_gpu = 0, None, torch.device(device).type == "cuda"
     if len(batches) and not dataset.in_memory:  # fewer where batches would not fit shared memory
         shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else IN_MEMORY
