@@ -168,7 +168,7 @@ def crop(image, box, image_size, interpolation="bilinear"):
 class PairDataset(Dataset):
     """Rows of a pairs table as tensors: `dataset[row, k]` is a row seen through its k-th crop.
 
-    crops: of `draw_crops`; by default the whole image. draws: crop k reads the k-th of the longs and
+    crops: of `draw_crops`; by default the whole image. draws: crop k reads the k-th longs and
     shorts (and round again). preprocess: scales pixels. padding_front: of shorts, see `pad_front`.
 
     Decoded images and token ids are kept while they fit `IN_MEMORY`. A larger table stays encoded,
