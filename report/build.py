@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The results that report.typ shows; it says which of the others are missing.
 NEEDED = ("scenes", "flickr8k")
 OPTIONAL = ("collage", "flickr8k_seeds", "labelled", "ablation", "debias", "settings", "sharegpt4v")
-BENCHMARKS = ("data", "training")
+BENCHMARKS = ("data", "training", "gpu")
 # JupyterLab's look, without the scripts that a browser would have to fetch, and with a way back.
 PAGE = """{% extends "lab/index.html.j2" %}
 {% block html_head_js %}{% endblock %}
