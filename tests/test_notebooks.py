@@ -255,3 +255,19 @@ def test_photographs_get_the_captions_that_their_teacher_ranks_first(smoke, tmp_
     assert train.key.tolist() == [*known.key, *photos.filename] and len(val)
     assert [*train.captions][-2:] == [*known.captions.iloc[[7, 3]]]
     assert train.image.tolist()[-2:] == photos.image.tolist()
+
+
+def test_photographs_of_ones_own_and_the_others(table, tmp_path):
+    """Of one data set, a folder that the source `folder` reads, and Flickr8k's layout again."""
+    captions = [["A Dog runs.", "It jumps."], ["A cat."]] * (len(table) // 2)
+    known = pd.DataFrame({"image": table.image[: len(captions)], "captions": captions})
+    known["filename"] = [f"{i}.jpg" for i in known.index]
+    for split in ("train", "val", "test"):
+        known.to_parquet(tmp_path / f"flickr8k_128px_{split}.parquet")
+    (tmp_path / "notebooks").mkdir()
+    execute(tmp_path, "own_photos", data_root=str(tmp_path))
+    folder = tmp_path / "runs/own-photos"
+    own, others = data.load_pairs("folder", folder), data.load_pairs("flickr8k", folder / "others")
+    assert [Path(image).name for image in own.image] == [*known.filename[::2]]
+    assert {*own.long.map(len)} == {22} and {*own.short} == {"A Dog runs", "It jumps"}
+    assert [*others.key] == [*known.filename[1::2]] and {*others.long} == {"A cat."}
