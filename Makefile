@@ -118,6 +118,7 @@ bench: setup
 
 # The CPU's numbers again, on a GPU; then what a step of the full-size student costs there.
 gpu-check: setup
+	@$(BIN)/python -c "import torch; torch.cuda.is_available() or exit('gpu-check: PyTorch sees no GPU here')"
 	@name=gpu; $(MEASURE) && name=training; $(MEASURE) -y '{model: JettCLIP-S0, teacher: LongCLIP-B, loss_batches: [128], \
 		methods: [fd, crd+fd], pairs: 1024, repeats: 5, results: ../results/gpu}'
 
