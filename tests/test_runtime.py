@@ -71,6 +71,30 @@ def test_a_process_outlives_the_models_of_openvino(exported):
     subprocess.run([sys.executable, "-c", UNLOAD, exported[1]], check=True)
 
 
+def test_compiled_graphs_are_kept(exported, tmp_path, monkeypatch):
+    """The last ones, for the next start; a damaged one is compiled again."""
+    pytest.importorskip("openvino")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(runtime, "KEPT_GRAPHS", 2)
+    folder = tmp_path / "jettclip/openvino"
+    texts = ["a star", "two stars"]
+    expected = runtime.load(exported[1]).encode_text(texts)
+    for damage in (False, False, True):
+        if damage:
+            for blob in folder.glob("*.blob"):
+                blob.chmod(0o600)
+                blob.write_bytes(blob.read_bytes()[:5000])
+        found = runtime.load(exported[1], "openvino").encode_text(texts)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        assert len([*folder.glob("*.blob")]) == 1
+    for name in "abc":
+        (folder / f"{name}.blob").touch()
+    assert runtime.keep_compiled() and len([*folder.glob("*.blob")]) == 2
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert runtime.keep_compiled() == {}
+
+
 def test_tokens_are_the_models(exported):
     """Read from the export's own file. test_text compares the ids with open_clip's."""
     tokenize = runtime.load(exported[1]).tokenizer
