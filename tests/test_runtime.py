@@ -46,8 +46,10 @@ def test_features_are_pytorchs(exported):
     check_features(*exported, ["onnxruntime"])
 
 
-def test_features_of_openvino_are_pytorchs(exported):
+def test_features_of_openvino_are_pytorchs(exported, monkeypatch):
+    """Of one batch, and of several side by side."""
     pytest.importorskip("openvino")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     check_features(*exported, runtime.BACKENDS[1:])
 
 

@@ -73,7 +73,8 @@ class ExportedModel:
         self.tokenizer = Tokenizer(bpe, TOKEN_PATTERN, self.context_length)
         self.transform = partial(transform, image_size=self.image_size, **self.config["preprocess"])
         # Opens "image" or "text" when it is first used.
-        self.tower = cache(lambda name: open_graph(self.checked(f"{name}.onnx"), backend))
+        self.tower = cache(lambda name, *many: open_graph(self.checked(name), backend, *many))
+        self.streams = backend != "onnxruntime"
 
     def checked(self, name):
         """Path of a file of the folder, which is the one that was exported."""
@@ -87,11 +88,14 @@ class ExportedModel:
         if not hasattr(images, "shape"):
             images = [self.transform(image) for image in images]
         images = np.asarray(images, dtype=np.float32)
-        features = np.empty((len(images), self.config["embed_dim"]), dtype=np.float32)
-        for start in range(0, len(images), IMAGE_BATCH):
-            rows = slice(start, start + IMAGE_BATCH)
-            features[rows] = self.tower("image")(images[rows])
-        return features
+        starts = range(0, len(images), IMAGE_BATCH)
+        return self.features("image", [images[i : i + IMAGE_BATCH] for i in starts])
+
+    def features(self, name, batches):
+        """Features (N, d) of batches of pixels or tokens, in order."""
+        many = [True] if self.streams and len(batches) > 1 else []
+        empty = np.empty((0, self.config["embed_dim"]), dtype=np.float32)
+        return np.concatenate([empty, *self.tower(f"{name}.onnx", *many)(batches)])
 
     def encode_text(self, texts):
         """Texts, or 0-padded tokens (N, up to context_length) -> features.
@@ -104,13 +108,12 @@ class ExportedModel:
         if not self.config["trims"]:
             tokens = np.pad(tokens, ((0, 0), (0, self.context_length - tokens.shape[1])))
         end = tokens.argmax(axis=1)  # (N, L) -> (N,): the end token has the highest id
-        order = end.argsort()
-        features = np.empty((len(tokens), self.config["embed_dim"]), dtype=np.float32)
+        order, batches = end.argsort(), []
         for start in range(0, len(order), TEXT_BATCH):
             rows = order[start : start + TEXT_BATCH]
             length = end[rows[-1]] + 1 if self.config["trims"] else self.context_length
-            features[rows] = self.tower("text")(tokens[rows, :length])
-        return features
+            batches.append(tokens[rows, :length])
+        return self.features("text", batches)[order.argsort()]
 
 
 @cache
@@ -119,8 +122,12 @@ def openvino_core(openvino):
     return openvino.Core()
 
 
-def open_graph(path, backend):
-    """image.onnx or text.onnx -> function from its input to its features, both arrays."""
+def open_graph(path, backend, many=False):
+    """image.onnx or text.onnx -> function from batches of its input to those of its features.
+
+    many: OpenVINO computes as many batches side by side as there are cores. That is as fast on a
+    quiet machine, and 1.4 times as fast beside two busy processes.
+    """
     threads = int(os.environ.get("OMP_NUM_THREADS", 0))  # 0: all cores
     if backend == "onnxruntime":
         import onnxruntime
@@ -132,15 +139,31 @@ def open_graph(path, backend):
         # Weights that are stored in 8 bits become fp32 once, when the graph is opened.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        return lambda x: session.run(None, {path.stem: x})[0]
+        return lambda batches: [session.run(None, {path.stem: x})[0] for x in batches]
     try:
         import openvino
     except ImportError:
         raise ImportError(f"{backend} needs OpenVINO: pip install 'jettclip[openvino]'") from None
-    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    options = {"INFERENCE_NUM_THREADS": threads, **keep_compiled()}
     options["INFERENCE_PRECISION_HINT"] = "bf16" if backend.endswith("bf16") else "f32"
-    compiled = openvino_core(openvino).compile_model(path, "CPU", options | keep_compiled())
-    return lambda x: compiled(x)[0]
+    streams = (threads or os.cpu_count()) if many else 1
+    options |= {"NUM_STREAMS": streams} if many else {"PERFORMANCE_HINT": "LATENCY"}
+    compiled = openvino_core(openvino).compile_model(path, "CPU", options)
+    queue = openvino.AsyncInferQueue(compiled, streams)
+
+    def run(batches):
+        features = {}
+
+        def finished(request, i):
+            features[i] = request.get_output_tensor(0).data.copy()
+
+        queue.set_callback(finished)
+        for i, x in enumerate(batches):
+            queue.start_async(x, i)
+        queue.wait_all()
+        return [features[i] for i in range(len(batches))]
+
+    return run
 
 
 def keep_compiled():
