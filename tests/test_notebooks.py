@@ -269,5 +269,5 @@ def test_photographs_of_ones_own_and_the_others(table, tmp_path):
     folder = tmp_path / "runs/own-photos"
     own, others = data.load_pairs("folder", folder), data.load_pairs("flickr8k", folder / "others")
     assert [Path(image).name for image in own.image] == [*known.filename[::2]]
-    assert {*own.long.map(len)} == {22} and {*own.short} == {"A Dog runs", "It jumps"}
+    assert {*own.long.map(len)} == {21} and {*own.short} == {"A Dog runs", "It jumps"}
     assert [*others.key] == [*known.filename[1::2]] and {*others.long} == {"A cat."}

@@ -87,6 +87,8 @@ def train_with_dropout(folder, data, report=quiet):
 
 
 def train_and_die(folder, cache):
+    runs.SAVE_SECONDS = 0  # a checkpoint each step
+
     def report(line):
         if "step 6/8" in line:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -101,10 +103,10 @@ def test_a_killed_run_ends_with_the_same_weights(data, tmp_path):
     train_with_dropout(whole, data)
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert not (killed / "student").exists()  # step 6 was reported, and step 4 saved last
+    assert not (killed / "student").exists()  # step 6 was reported, and step 5 saved last
     train_with_dropout(killed, data, lines.append)
     steps = [line.split(" loss")[0] for line in lines]
-    assert steps == ["resumed killed at step 4 of 8", "killed step 6/8", "killed step 8/8"]
+    assert steps == ["resumed killed at step 5 of 8", "killed step 6/8", "killed step 8/8"]
     assert same(killed, whole) and history(killed).step.tolist() == [3, 6, 8]
     assert history(killed).recall.tolist() == [0.25] * 3
 
@@ -304,6 +306,7 @@ def test_what_is_not_a_number_is_named_and_not_applied(
     what, chunk, whole, data, tmp_path, monkeypatch
 ):
     """It is that of the batch's fifth long caption. Training resumes from before it."""
+    monkeypatch.setattr(runs, "SAVE_SECONDS", 0)
     losses, steps = train.total_loss, []
 
     def broken(features, teacher, *arguments, **settings):
