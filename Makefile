@@ -30,7 +30,7 @@ help:
 	@echo "make check                    check format and style, print the size of the code"
 	@echo "make demo PHOTOS=folder       search your photographs in the browser"
 	@echo "make lab                      open the notebooks in JupyterLab"
-	@echo "make bench                    measure into results/{latency,training,data} [BENCH=latency] [CAPTIONS=file.parquet]"
+	@echo "make bench                    measure into results/{latency,training,data} [BENCH=latency; int8: trained students] [CAPTIONS=file.parquet]"
 	@echo "make gpu-check                compare a GPU with the CPU and measure it, into results/gpu (8 minutes)"
 	@echo "make setup                    create or update .venv; the targets above do so themselves"
 	@echo "make unlock                   free the folder, if Snakemake says that it is locked"

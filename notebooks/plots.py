@@ -12,6 +12,7 @@ from itertools import cycle
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.ticker import EngFormatter
 from PIL import Image
 
 from jettclip.utils import write_then_rename
@@ -276,6 +277,37 @@ def speed(table):
         axis.set_xlim(0, 1.18 * ratios.max())
         axis.grid(axis="y", visible=False)
     figure.supxlabel("times as fast as the teacher", fontsize=9)
+    return figure
+
+
+def growth(pairs, processes, photographs):
+    """How cost grows (the tables of benchmarks/data) -> figure.
+
+    Bytes and seconds against pairs, with lines through the two largest to a billion; a training
+    step against processes; a search against photographs.
+    """
+    figure, ((size, opening), (steps, search)) = plt.subplots(2, 2, figsize=(6.3, 4.6))
+    lines = [(size, "cache_bytes", "feature cache"), (size, "table_bytes", "table")]
+    for (axis, column, name), (colour, _, marker) in zip(
+        [*lines, (opening, "open_seconds", None)], STYLES, strict=False
+    ):
+        few, many = pairs.iloc[-2], pairs.iloc[-1]
+        slope = (many[column] - few[column]) / (many.pairs - few.pairs)
+        ahead = [many[column], many[column] + slope * (1e9 - many.pairs)]
+        axis.plot(pairs.pairs, pairs[column], color=colour, marker=marker, label=name)
+        axis.plot([many.pairs, 1e9], ahead, color=colour, linestyle="--", linewidth=1)
+    search.plot(photographs.photographs, photographs.search_ms / 1e3, color="black", marker="o")
+    for axis, unit in ((size, "B"), (opening, "s"), (search, "s")):
+        axis.set(xscale="log", yscale="log")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.yaxis.set_major_formatter(EngFormatter(unit))
+    steps.bar(processes.processes.astype(str), processes.step_ms, 0.5, color=BLUE, **BAR)
+    steps.grid(axis="x", visible=False)
+    size.set(xlabel="pairs", ylabel="size on disk")
+    size.legend()
+    opening.set(xlabel="pairs", ylabel="time to open the table")
+    steps.set(xlabel="processes that share the cores", ylabel="training step, ms")
+    search.set(xlabel="photographs in the index", ylabel="time of a search")
     return figure
 
 

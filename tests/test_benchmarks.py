@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +12,8 @@ import pytest
 from conftest import TINY
 
 from jettclip import data, models
+from jettclip.checkpoints import save_folder
+from jettclip.deploy import runtime
 from jettclip.losses import METHODS
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
@@ -65,6 +68,22 @@ def test_latency(run, exported, tmp_path, monkeypatch):
     assert drift.pytorch == 0 < drift["onnxruntime-int8"] and len([*tmp_path.glob("*.svg")]) == 1
 
 
+def test_int8(run, exported, table, tmp_path, monkeypatch):
+    model, folder = exported
+    copied = partial(shutil.copytree, folder)
+    monkeypatch.setattr("jettclip.deploy.export.export", lambda _, to: copied(to) and Path(to))
+    save_folder(model, tmp_path / "run/student")
+    (tmp_path / "data").mkdir()
+    for split in ("train", "val", "test"):
+        table.to_parquet(tmp_path / f"data/{split}.parquet")
+    sizes = {"runs": [str(tmp_path / "run")], "untrained": [], "calibration": 4, "batches": [1, 2]}
+    found = run("int8", **sizes)["int8"].set_index("form")
+    plain, static = found.loc["onnxruntime"], found.loc["onnxruntime, static"]
+    assert plain.r1_value == plain.r10_value == 0 and plain.cosine == pytest.approx(1)
+    assert 0.5 < static.cosine < 1 and static.file_mb < plain.file_mb
+    assert (found[["ms_1", "ms_2"]] > 0).all().all() and (found.n == len(table)).all()
+
+
 def test_training(run):
     sizes = {"batch_size": 4, "pairs": 8, "loss_batches": [40], "width": 36}
     tables = run("training", **sizes, methods=["afd", "mfd"])
@@ -87,7 +106,7 @@ def test_gpu(run, capsys):
     assert "All within the tolerances." in capsys.readouterr().out
 
 
-def test_data(run, tmp_path, capsys, monkeypatch):
+def test_data(run, exported, tmp_path, capsys, monkeypatch):
     memory, asked = psutil.Process.memory_full_info, []
 
     def answer(process):
@@ -98,15 +117,21 @@ def test_data(run, tmp_path, capsys, monkeypatch):
         return memory(process)
 
     monkeypatch.setattr(psutil.Process, "memory_full_info", answer)
-    sizes = {"sizes": [64, 128], "cached_pairs": 500, "built_pairs": 16}
+    copied = partial(shutil.copytree, exported[1])
+    monkeypatch.setattr("jettclip.deploy.export.export", lambda _, to: copied(to) and Path(to))
+    sizes = {"sizes": [64, 96, 128], "cached_pairs": 500, "built_pairs": 16}
+    sizes |= {"photos": 4, "batch_size": 8}
     tables = run("data", **sizes, captions=str(tmp_path / "captions.parquet"))
     speed = tables["speed"].groupby("what", sort=False)
-    assert speed.ngroups == 4 and (speed.ratio.first() == 1).all()
-    assert tables["speed"].per_second.notna().sum() == 2
+    assert speed.ngroups == 6 and (speed.ratio.first() == 1).all()
+    assert tables["speed"].per_second.notna().sum() == 2 + 2 * len(runtime.installed_backends())
     scale = tables["scale"].set_index("pairs")
-    assert list(scale.index) == [64, 128] and scale.worker_mb.iloc[-1] > 0
+    assert list(scale.index) == [64, 96, 128] and scale.worker_mb.iloc[-1] > 0
     assert (scale.drop(columns="worker_mb") > 0).all().all()
     assert (scale.bytes_per_pair < 3200).all()
-    cache, table = scale.diff()[["cache_bytes", "table_bytes"]].iloc[-1] / 64  # a pair more
-    told = f"From 64 to 128 pairs, each takes {cache:.0f} bytes of the cache, {table:.0f} of"
-    assert told in capsys.readouterr().out and cache == 3 * 512 * 2 + 16
+    assert (scale.cache_bytes.diff()[1:] / 32 == 3 * 512 * 2 + 16).all()
+    told = "cache_bytes: {0:.4g} at the largest, {0:.4g} by the line of those before it; 3.09e+03"
+    assert told.format(scale.cache_bytes.iloc[-1]) in capsys.readouterr().out
+    assert (tables["processes"].step_ms > 0).all() and list(tables["processes"].processes) == [1, 2]
+    assert list(tables["photographs"].photographs) == [64, 96, 128]
+    assert (tables["photographs"].search_ms > 0).all() and (tmp_path / "growth.svg").exists()
