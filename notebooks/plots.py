@@ -11,6 +11,7 @@ from itertools import cycle
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.ticker import EngFormatter
 from PIL import Image
@@ -280,6 +281,13 @@ def speed(table):
     return figure
 
 
+def line(table, column, few=-2, many=-1):
+    """(slope, intercept) of the line through rows `few` and `many`, `column` against pairs."""
+    few, many = table.iloc[few], table.iloc[many]
+    slope = (many[column] - few[column]) / (many.pairs - few.pairs)
+    return slope, many[column] - slope * many.pairs
+
+
 def growth(pairs, processes, photographs):
     """How cost grows (the tables of benchmarks/data) -> figure.
 
@@ -291,11 +299,10 @@ def growth(pairs, processes, photographs):
     for (axis, column, name), (colour, _, marker) in zip(
         [*lines, (opening, "open_seconds", None)], STYLES, strict=False
     ):
-        few, many = pairs.iloc[-2], pairs.iloc[-1]
-        slope = (many[column] - few[column]) / (many.pairs - few.pairs)
-        ahead = [many[column], many[column] + slope * (1e9 - many.pairs)]
+        slope, intercept = line(pairs, column)
+        ends = np.array([pairs.pairs.iloc[-1], 1e9])
         axis.plot(pairs.pairs, pairs[column], color=colour, marker=marker, label=name)
-        axis.plot([many.pairs, 1e9], ahead, color=colour, linestyle="--", linewidth=1)
+        axis.plot(ends, intercept + slope * ends, color=colour, linestyle="--", linewidth=1)
     search.plot(photographs.photographs, photographs.search_ms / 1e3, color="black", marker="o")
     for axis, unit in ((size, "B"), (opening, "s"), (search, "s")):
         axis.set(xscale="log", yscale="log")

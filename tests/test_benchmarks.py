@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -46,10 +45,16 @@ def run(table, tmp_path, monkeypatch):
         yield executed
 
 
-def test_latency(run, exported, tmp_path, monkeypatch):
-    model, folder = exported  # test_export exports
-    monkeypatch.setattr(models, "create_model", lambda *_, **options: model)
-    monkeypatch.setattr("jettclip.deploy.export.export", lambda _, to: shutil.copytree(folder, to))
+@pytest.fixture
+def copied(exported, monkeypatch):
+    """The tiny model, whose export is copied: test_export exports."""
+    copy = lambda _, to: shutil.copytree(exported[1], to)  # noqa: E731
+    monkeypatch.setattr("jettclip.deploy.export.export", copy)
+    return exported[0]
+
+
+def test_latency(run, copied, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "create_model", lambda *_, **options: copied)
     monkeypatch.setattr("jettclip.deploy.runtime.installed_backends", lambda: [])
     start = psutil.Popen  # for the reference, which takes seconds, a process that does nothing
 
@@ -68,11 +73,8 @@ def test_latency(run, exported, tmp_path, monkeypatch):
     assert drift.pytorch == 0 < drift["onnxruntime-int8"] and len([*tmp_path.glob("*.svg")]) == 1
 
 
-def test_int8(run, exported, table, tmp_path, monkeypatch):
-    model, folder = exported
-    copied = partial(shutil.copytree, folder)
-    monkeypatch.setattr("jettclip.deploy.export.export", lambda _, to: copied(to) and Path(to))
-    save_folder(model, tmp_path / "run/student")
+def test_int8(run, copied, table, tmp_path):
+    save_folder(copied, tmp_path / "run/student")
     (tmp_path / "data").mkdir()
     for split in ("train", "val", "test"):
         table.to_parquet(tmp_path / f"data/{split}.parquet")
@@ -106,7 +108,7 @@ def test_gpu(run, capsys):
     assert "All within the tolerances." in capsys.readouterr().out
 
 
-def test_data(run, exported, tmp_path, capsys, monkeypatch):
+def test_data(run, copied, tmp_path, capsys, monkeypatch):
     memory, asked = psutil.Process.memory_full_info, []
 
     def answer(process):
@@ -117,8 +119,6 @@ def test_data(run, exported, tmp_path, capsys, monkeypatch):
         return memory(process)
 
     monkeypatch.setattr(psutil.Process, "memory_full_info", answer)
-    copied = partial(shutil.copytree, exported[1])
-    monkeypatch.setattr("jettclip.deploy.export.export", lambda _, to: copied(to) and Path(to))
     sizes = {"sizes": [64, 96, 128], "cached_pairs": 500, "built_pairs": 16}
     sizes |= {"photos": 4, "batch_size": 8}
     tables = run("data", **sizes, captions=str(tmp_path / "captions.parquet"))
