@@ -22,8 +22,8 @@ from jettclip.utils import nearest, save_csv, write_then_rename
 ROOT = Path(__file__).resolve().parents[1]
 # The results that report.typ shows; it says which of the others are missing.
 NEEDED = ("scenes", "flickr8k")
-OPTIONAL = ("collage", "flickr8k_seeds", "flickr8k_methods", "labelled", "own", "ablation")
-OPTIONAL += ("debias", "settings", "sharegpt4v")
+OPTIONAL = ("collage", "flickr8k_seeds", "flickr8k_methods", "flickr8k_noise", "labelled", "own")
+OPTIONAL += ("ablation", "debias", "settings", "sharegpt4v")
 BENCHMARKS = ("data", "training", "gpu")
 # JupyterLab's look, without the scripts that a browser would have to fetch, and with a way back.
 PAGE = """{% extends "lab/index.html.j2" %}

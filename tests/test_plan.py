@@ -247,7 +247,8 @@ def test_errors_name_the_notebook(root, old, new, error):
 
 WITHOUT_DATA = {"debias", "ablation", "scenes", "settings", "smoke"}
 WEIGHTS = dict.fromkeys(("sharegpt4v", "sharegpt4v_ablation"), "weights/longclip-B.pt")
-WEIGHTS |= dict.fromkeys(("labelled", "flickr8k_methods"), "runs/flickr8k/teacher/longclip/student")
+FROM_FLICKR8K = ("labelled", "flickr8k_methods", "flickr8k_noise")
+WEIGHTS |= dict.fromkeys(FROM_FLICKR8K, "runs/flickr8k/teacher/longclip/student")
 WEIGHTS |= {"own": "runs/own_start/fd-both-s0/student"}
 
 

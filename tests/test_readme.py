@@ -56,7 +56,8 @@ MODEL, MAKEFILE = ROOT / "results/flickr8k/model", (ROOT / "Makefile").read_text
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 PYTHONS = [line.rpartition(" ")[2] for line in PROJECT["classifiers"] if ":: Python ::" in line]
 CLIP, TINY = MODELS["MobileCLIP-S0"]["text_cfg"], MODELS["JettCLIP-T"]
-PHOTOGRAPHS = ("flickr8k", "flickr8k_methods", "lite1", "labelled", "own_start", "own")
+PHOTOGRAPHS = ("flickr8k", "flickr8k_methods", "flickr8k_noise")
+PHOTOGRAPHS += ("lite1", "labelled", "own_start", "own")
 FACTS = [  # words of README.md, and their numbers
     ("to read {}-token captions", CONTEXT),
     ("A model of {} tokens guesses", CLIP["context_length"]),
@@ -68,7 +69,7 @@ FACTS = [  # words of README.md, and their numbers
     ("the spot, captions of {} to {} tokens | {} min", *tokens("scenes"), minutes("scenes")),
     ("toy size | {} min", minutes("smoke")),
     ("add `THREADS=1` | {}, {}, {} min", *map(minutes, ("ablation", "settings", "debias"))),
-    ("dogs | {} min; hours, {} min; {}, {} min; {}, {} min", *map(minutes, PHOTOGRAPHS)),
+    ("dogs | {} min; hours, {}, {} min; {}, {} min; {}, {} min", *map(minutes, PHOTOGRAPHS)),
     ("picture, captions of {} to {} tokens | {} min", *tokens("collage"), minutes("collage")),
     ("(77 tokens), `JettCLIP-S0` ({})", CONTEXT),
     ("`MobileCLIP-S0` ({} tokens)", CLIP["context_length"]),

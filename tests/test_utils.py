@@ -50,7 +50,7 @@ def test_progress_reports_once_a_minute(monkeypatch):
 def test_progress_is_a_bar_in_a_notebook_and_lines_in_batch(monkeypatch):
     bars = []
     monkeypatch.setattr(
-        utils.auto, "tqdm", lambda items, *_, disable, **k: bars.append(not disable) or items
+        "tqdm.auto.tqdm", lambda items, *_, disable, **k: bars.append(not disable) or items
     )
     monkeypatch.setitem(utils.sys.modules, "ipykernel", utils)
     for batch in ("", "1"):
