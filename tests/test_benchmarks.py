@@ -79,10 +79,13 @@ def test_int8(run, copied, table, tmp_path):
     for split in ("train", "val", "test"):
         table.to_parquet(tmp_path / f"data/{split}.parquet")
     sizes = {"runs": [str(tmp_path / "run")], "untrained": [], "calibration": 4, "batches": [1, 2]}
-    found = run("int8", **sizes)["int8"].set_index("form")
-    plain, static = found.loc["onnxruntime"], found.loc["onnxruntime, static"]
-    assert plain.r1_value == plain.r10_value == 0 and plain.cosine == pytest.approx(1)
-    assert 0.5 < static.cosine < 1 and static.file_mb < plain.file_mb
+    found = run("int8", **sizes)["int8"].set_index(["tower", "form"])
+    for tower in ("image", "text"):
+        plain, stored = (found.loc[tower, f"onnxruntime{x}"] for x in ("", ", quantised"))
+        assert plain.r1_value == plain.r10_value == 0 and plain.cosine == pytest.approx(1)
+        assert 0.9 < stored.cosine < 1 and stored.file_mb < plain.file_mb
+    static = found.loc["image", "onnxruntime, static"]
+    assert 0.5 < static.cosine < 1 and static.file_mb < found.file_mb["image", "onnxruntime"]
     assert (found[["ms_1", "ms_2"]] > 0).all().all() and (found.n == len(table)).all()
 
 
