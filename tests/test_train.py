@@ -380,6 +380,17 @@ def test_bfloat16_agrees_with_float32(name, large, tmp_path):
     assert {x.dtype for x in steps[0]} == {torch.float32}
 
 
+def test_on_a_cpu_only_linear_layers_multiply_in_bfloat16():
+    x = torch.rand(1, 2, 8, 8)
+    attend, conv = F.scaled_dot_product_attention, F.conv2d
+    with train.in_bf16(x.device):
+        y = F.linear(x, x[0, 0], x[0, 0, 0])
+        found = attend(y, y, y, x > 0), conv(x, x)
+    assert y.dtype == torch.bfloat16 and (y.float() - F.linear(x, x[0, 0], x[0, 0, 0])).norm() > 0
+    assert torch.equal(found[0], attend(y.float(), y.float(), y.float(), x > 0))
+    assert torch.equal(found[1], conv(x, x))
+
+
 @pytest.mark.parametrize("chunk", [0, 8])
 def test_masked_images_leave_the_statistics_alone(chunk, data, tmp_path):
     """After a step they are those of the student's own view: as without masked images."""
