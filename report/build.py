@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NEEDED = ("scenes", "flickr8k")
 OPTIONAL = ("collage", "flickr8k_seeds", "flickr8k_methods", "flickr8k_noise", "labelled", "own")
 OPTIONAL += ("ablation", "debias", "settings", "sharegpt4v")
-BENCHMARKS = ("data", "training", "gpu")
+BENCHMARKS = ("data", "training", "int8", "gpu")
 # JupyterLab's look, without the scripts that a browser would have to fetch, and with a way back.
 PAGE = """{% extends "lab/index.html.j2" %}
 {% block html_head_js %}{% endblock %}
