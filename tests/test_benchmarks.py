@@ -96,8 +96,9 @@ def test_training(run):
     assert {"svd", "primary_components", "none", *METHODS} <= {*ratio.index}
     assert ratio.svd == ratio.none == 1 and (ratio > 0).all()
     table = tables["train"].fillna({"teacher": ""})
-    steps = [("none", ""), ("afd", "cached"), ("mfd", "cached"), ("mfd", "online")]
+    steps = [("none", ""), ("afd", "cached"), ("mfd", "cached"), ("mfd", "online"), ("none", "")]
     assert list(zip(table.method, table.teacher, strict=True)) == steps
+    assert list(table.precision) == ["fp32"] * 4 + ["bf16"]
     assert table.ratio[0] == 1 and (table.samples_s > 0).all() and table.waiting.between(0, 1).all()
 
 
