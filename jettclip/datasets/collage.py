@@ -26,15 +26,6 @@ COUNTS = {3: "Three", 4: "Four", 9: "Nine"}
 Plan = namedtuple("Plan", "grid photos texts named order")
 
 
-def collage(photos, captions, seed, index, size):
-    """-> picture (PIL, size x size), long caption, short caption, rows of the photographs shown.
-
-    photos: encoded bytes; captions: a list of short captions for each photograph.
-    """
-    plan = _plan(captions, seed, index)
-    return (_picture(photos, plan, size), *_caption(plan), plan.photos)
-
-
 def _plan(captions, seed, index):
     rng = np.random.default_rng([seed, index])
     grid = list(GRIDS)[rng.integers(len(GRIDS))]
@@ -69,12 +60,15 @@ def _picture(photos, plan, size):
 
 
 def make_pairs(photos, captions, n, seed, size=96, split="train"):
-    """Collages 0 to n - 1 of `seed`: columns image (JPEG bytes), long, short, split, key."""
+    """Collages 0 to n - 1 of `seed`: columns image (JPEG bytes), long, short, split, key.
+
+    photos: encoded bytes; captions: a list of short captions for each photograph.
+    """
     rows, split_seed = [], 3 * seed + SPLITS.index(split)
     for index in range(n):
-        picture, long, short, _ = collage(photos, captions, split_seed, index, size)
-        key = f"collage-{split}-{seed}-{index}"
-        rows.append((encoded(picture, "JPEG"), long, short, split, key))
+        plan = _plan(captions, split_seed, index)
+        image = encoded(_picture(photos, plan, size), "JPEG")
+        rows.append((image, *_caption(plan), split, f"collage-{split}-{seed}-{index}"))
     return pd.DataFrame(rows, columns=["image", "long", "short", "split", "key"])
 
 
