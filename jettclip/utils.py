@@ -1,6 +1,7 @@
 """Files that are whole or absent, the nearest valid name, progress, and what produced a result."""
 
 import difflib
+import hashlib
 import json
 import os
 import platform
@@ -22,6 +23,12 @@ def write_json(path, value):
 def read_json(path):
     """The value of a JSON file in UTF-8."""
     return json.loads(Path(path).read_text("utf-8"))
+
+
+def sha256(path):
+    """SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def absolute(path):
