@@ -3,7 +3,6 @@ training."""
 
 import math
 import re
-from itertools import zip_longest
 
 import numpy as np
 import pandas as pd
@@ -12,7 +11,7 @@ import torch
 
 from .datasets.published import sentences
 from .evaluate import difference_interval, interval, ranks
-from .text import tokenizer
+from .text import first_difference
 
 COLOURS = "red blue green yellow black white brown pink purple grey gray"
 NUMBERS = "two three four five six seven eight nine ten"
@@ -24,12 +23,6 @@ SWAPS = {
     for kind, words in KINDS
     for word in words.split()
 }
-
-
-def first_difference(text, changed):
-    """Position of the first token in which two texts differ, if any; the start token is 0."""
-    tokens = zip_longest(*map(tokenizer().encode, (text, changed)))
-    return next((i for i, (a, b) in enumerate(tokens, start=1) if a != b), None)
 
 
 def swap_attribute(caption, rng):

@@ -67,8 +67,6 @@ class FeatureCache:
         """
         folder, (n, k, _), draws = Path(folder), dataset.crops.shape, dataset.draws
         width, text_width = getattr(teacher, "widths", None) or [teacher.config["embed_dim"]] * 2
-        if not n:
-            raise ValueError("there are no pairs, and no features to store")
         source = {"teacher": teacher_hash, "data": fingerprint(table), "code": code_hash(*CODE)}
         source["crops"] = hashlib.sha256(dataset.crops.tobytes()).hexdigest()
         source |= {"rows": n, "augmentations": k, "draws": draws, "width": width}

@@ -144,17 +144,12 @@ def build(config, name, folder=None):
         text["hf_model_name"] = str(source or text["hf_model_name"])
     model = open_clip.CustomTextCLIP(**{**clip, "text_cfg": text})
     model.__class__ = OpenClip
-    source = folder or text.get("hf_model_name", text.get("hf_tokenizer_name"))
-    return finish(model, config, name, tokenizer_of(text, source))
-
-
-def tokenizer_of(text, source):
-    """The tokenizer of open_clip's text_cfg; `source`: folder or hub name of a Hugging Face one."""
-    length = text.get("context_length", 77)
-    if not text.get("hf_tokenizer_name"):
-        return tokenizer(length)
-    mode, options = text.get("tokenizer_mode"), text.get("tokenizer_kwargs") or {}
-    return HFTokenizer(str(source), context_length=length, tokenizer_mode=mode, **options)
+    words = tokenizer(length := text.get("context_length", 77))
+    if text.get("hf_tokenizer_name"):
+        source = str(folder or text.get("hf_model_name", text["hf_tokenizer_name"]))
+        mode, options = text.get("tokenizer_mode"), text.get("tokenizer_kwargs") or {}
+        words = HFTokenizer(source, context_length=length, tokenizer_mode=mode, **options)
+    return finish(model, config, name, words)
 
 
 def finish(model, config, name, words):

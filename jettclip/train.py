@@ -7,7 +7,6 @@ Notebook 02 calls `fit` or writes the job. A run folder holds `config.json`, `hi
 `last.ckpt` and at the end `student/`. A killed run resumes and ends with the very same bytes.
 """
 
-import copy
 import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -131,18 +130,6 @@ def encode(model, inputs, bf16=False):
         text = model.encode_text(torch.cat([long, short])).split(len(long))  # (2B, d) -> 2 x (B, d)
         with keep_statistics(model):  # in evaluation nothing is masked
             return [f.float() for f in (image, *text, *map(model.encode_image, masked))]
-
-
-@torch.no_grad()
-def reestimate(model, batches):
-    """A copy of `model` whose batch norms hold the mean statistics of `batches`, as of `loader`."""
-    model = copy.deepcopy(model).train()
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    for done, (_, _, *inputs) in enumerate(batches, 1):
-        for norm in norms:
-            norm.momentum = 1 / done
-        encode(model, inputs)
-    return model.eval()
 
 
 def backward(model, inputs, objective, config):

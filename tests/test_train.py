@@ -7,7 +7,9 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from conftest import largest, tiny_model
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from training import first_step, fork, make_data, quiet, run_group
 
 from jettclip import create_model, runs, train
@@ -33,12 +36,12 @@ from jettclip.train import (
     keep_statistics,
     learning_rate,
     optimizer_of,
-    reestimate,
     start,
 )
 from jettclip.train import run as run_job
 from jettclip.utils import write_json
 
+NOTEBOOK_03 = Path(__file__).resolve().parents[1] / "notebooks/03_reparameterize.ipynb"
 SETTINGS = {"steps": 8, "batch_size": 6, "warmup": 2, "eval_every": 3}
 
 
@@ -372,7 +375,11 @@ def test_masked_images_leave_the_statistics_alone(chunk, data, tmp_path):
 
 
 def test_statistics_are_kept_and_estimated(data):
-    """Those of two batches are the mean of those of each; other weights stay."""
+    """By notebook 03. Those of two batches are the mean of those of each; other weights stay."""
+    cells = nbformat.read(NOTEBOOK_03, nbformat.NO_CONVERT).cells
+    space = {"copy": copy, "torch": torch, "train": train, "_BatchNorm": _BatchNorm}
+    exec(next(cell.source for cell in cells if "def reestimate" in cell.source), space)
+    reestimate = space["reestimate"]
     batches = list(loader(data[0], epoch_batches(20, 10, 0, 0)))
     model = tiny_model().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}

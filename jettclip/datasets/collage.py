@@ -11,7 +11,7 @@ import pandas as pd
 from PIL import Image, ImageOps
 
 from ..inputs import read_photo
-from ..text import tokenizer
+from ..text import first_difference
 from .published import SPLITS, encoded, sentence
 from .scenes import ATTRIBUTES, choose_details
 
@@ -78,7 +78,7 @@ def make_details(photos, captions, n, seed, size=96):
     Columns as in `scenes.make_details`; attribute is "photo". Chosen from 4 n collages of `seed`
     so that positions are spread evenly.
     """
-    encode, pool = tokenizer().encode, []
+    pool = []
     for index in range(4 * n):
         plan = _plan(captions, seed, index)
         rng = np.random.default_rng([seed, index, 1])
@@ -88,9 +88,7 @@ def make_details(photos, captions, n, seed, size=96):
         changed.photos[cell] = int(row)
         changed.texts[cell] = _text(plan.grid, cell, rng.permutation(captions[row]))
         long, other_long = _caption(plan)[0], _caption(changed)[0]
-        if long != other_long:
-            pairs = zip(encode(long), encode(other_long), strict=False)
-            position = 1 + next(i for i, (a, b) in enumerate(pairs) if a != b)
+        if position := first_difference(long, other_long):
             key = f"collage-details-{seed}-{index}"
             pool.append((plan, changed, long, other_long, "photo", position, key))
     return choose_details(pool, n, lambda plan: encoded(_picture(photos, plan, size), "JPEG"))

@@ -8,19 +8,8 @@ import json
 from collections import defaultdict
 from functools import partial
 
-from .published import (
-    _files,
-    _find,
-    _inside,
-    _items,
-    _lines,
-    _published,
-    _table,
-    _text,
-    _valid,
-    data_folder,
-    sentence,
-)
+from . import published
+from .published import _files, _find, _inside, _lines, _published, _table, _text, _valid, sentence
 
 # Annotation files -> the folder of their images.
 DOCCI = {"docci_descriptions.jsonlines": "images"}
@@ -62,7 +51,7 @@ def _layout(source, root, split, seed):
                 items = _lines(file)
                 if file.suffix == ".json":
                     data = json.loads(_text(file))
-                    items = _items(data if isinstance(data, list) else [data], file)
+                    items = published._items(data if isinstance(data, list) else [data], file)
                 for place, item in items:
                     rows += _row(place, item, str(root / images), describe)
 
@@ -81,7 +70,7 @@ def flickr30k(root, split, seed):
         for _, line in _lines(file):
             image, caption = line.split("\t")
             captions[image.partition("#")[0]].append(caption.strip())
-        items = _items(captions.items(), file, "image")
+        items = published._items(captions.items(), file, "image")
         read = lambda item: (_inside(root, "flickr30k-images", item[0]), item[1])  # noqa: E731
         return _table(items, split, 0, read, seed)
 
@@ -114,7 +103,7 @@ FILES |= {"coco": "annotations/captions_val2017.json", "sharegpt4v": "share-capt
 def below(root):
     """Test sets in the folder `root` (or JETTCLIP_DATA) itself or in one of its folders ->
     {source: that folder, or None}."""
-    root = data_folder(root)
+    root = published.data_folder(root)
     folders = [root, *(path for path in _files(root, "*") if path.is_dir())] if root else []
     return {
         source: next((folder for folder in folders if any(folder.glob(file))), None)
