@@ -71,10 +71,8 @@ def save_folder(model, folder):
 def folder_config(folder):
     """The open_clip_config.json of a model folder."""
     folder = absolute(folder)
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
-    if missing:
-        names = " and no ".join(missing)
-        raise FileNotFoundError(f"{folder} has no {names}: it is no (finished) model folder")
+    if missing := " and no ".join(x for x in (CONFIG, WEIGHTS) if not (folder / x).is_file()):
+        raise FileNotFoundError(f"{folder} has no {missing}: it is no (finished) model folder")
     return read_json(folder / CONFIG)
 
 

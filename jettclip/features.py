@@ -28,7 +28,6 @@ from .utils import progress, read_json, sha256, write_json, write_then_rename
 
 FILES = ("image", "long", "short", "crops")
 SEEN = ("image_size", "context_length", "preprocess", "padding_front")  # how a row is read
-AGAIN = "notebook 01 builds it again"
 CODE = ("inputs", "data", "text", "models", "features")  # modules that decide the features
 
 
@@ -44,19 +43,19 @@ class FeatureCache:
         self.manifest = read_json(self.folder / "manifest.json")
         try:  # not "r": PyTorch warns of read-only arrays
             files = [np.load(self.folder / f"{name}.npy", mmap_mode="c") for name in FILES]
-        except (OSError, ValueError) as error:
-            raise Stale(f"{folder} lacks a whole file ({error}): {AGAIN}") from None
+        except (OSError, ValueError, EOFError) as error:
+            problem = f"the files of {folder} are damaged ({error})"
+            raise Stale(f"{problem}: notebook 01 builds it again") from None
         self.image, self.long, self.short, self.crops = files
         # (N K, d), (N D, d), (N D, d): PyTorch gathers rows with all threads
         self.flat = [torch.from_numpy(file).flatten(0, -2) for file in files[:3]]
 
     def verify(self):
         """Compare every file with the manifest's SHA-256; Stale names those that differ."""
-        sums = self.manifest["sha256"]
-        differs = [name for name in FILES if sha256(self.folder / f"{name}.npy") != sums[name]]
-        if differs:
-            problem = f"the files {', '.join(differs)} of {self.folder} are not what was written"
-            raise Stale(f"{problem}: {AGAIN}")
+        sums = {name: sha256(self.folder / f"{name}.npy") for name in FILES}
+        if differs := ", ".join(x for x in FILES if sums[x] != self.manifest["sha256"][x]):
+            problem = f"the files {differs} of {self.folder} are not what was written"
+            raise Stale(f"{problem}: notebook 01 builds it again")
 
     @classmethod
     def build(cls, folder, teacher, teacher_hash, table, dataset, batch_size=128, report=print):
@@ -101,15 +100,14 @@ class FeatureCache:
     @classmethod
     def open(cls, folder, **source):
         """Open a finished cache whose manifest has the values of `source` (rows=, data=, ...)."""
-        path = Path(folder) / "manifest.json"
-        if not path.exists():
+        if not (Path(folder) / "manifest.json").exists():
             raise FileNotFoundError(f"{folder} holds no finished feature cache: run notebook 01")
-        manifest = read_json(path)
-        cached = {key: manifest.get(key) for key in source}
-        if differs := [key for key in source if cached[key] != source[key]]:
-            values = [f"{key} (cached {cached[key]!r}, asked {source[key]!r})" for key in differs]
-            raise Stale(f"the feature cache {folder} is of other inputs: {'; '.join(values)}")
-        return cls(folder)
+        cache = cls(folder)
+        both = {key: (cache.manifest.get(key), value) for key, value in source.items()}
+        differs = [f"{k} (cached {x!r}, asked {y!r})" for k, (x, y) in both.items() if x != y]
+        if differs:
+            raise Stale(f"the feature cache {folder} is of other inputs: {'; '.join(differs)}")
+        return cache
 
     def rows(self, index, k):
         """Normalised image, long, short features (B, d) of rows `index` (B,) in crops `k` (B,)."""

@@ -24,7 +24,7 @@ def words(name):
     """{word: (repository, files)} of weights of model `name`: open_clip's tags, "published"."""
     name = name.replace("JettCLIP-S0", "MobileCLIP2-S0").replace("JettCLIP", "MobileCLIP")
     tags = open_clip.list_pretrained_tags_by_model(name)
-    known = {tag: (open_clip.get_pretrained_cfg(name, tag).get("hf_hub"), FILE) for tag in tags}
+    known = {t: (open_clip.get_pretrained_cfg(name, t)["hf_hub"].strip("/"), FILE) for t in tags}
     known["published"] = LONGCLIP.get(name) or next(iter(known.values()), None)
     return known if known["published"] else {}
 
@@ -66,7 +66,6 @@ def published(name, word="published"):
         place, files = known[word]
     else:
         return Path(file(name, word))
-    place = place.strip("/")
     try:
         path = Path([fetch(place, file) for file in files][-1])
     except Exception as error:  # no network, no such repository: of several libraries

@@ -40,9 +40,8 @@ def disk_space(folder):
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         free, reason = shutil.disk_usage(there).free / 1e9, str(error).splitlines()[0]
         problem = f"cannot write to {folder}, where {free:.3f} GB are free ({reason:.100})"
-        raise OSError(
-            f"{problem}: make room and try again; a run resumes from its checkpoint"
-        ) from error
+        todo = "make room and try again; a run resumes from its checkpoint"
+        raise OSError(f"{problem}: {todo}") from error
 
 
 def load_checkpoint(path, report):

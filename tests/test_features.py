@@ -152,8 +152,8 @@ def test_damaged_files_are_refused_and_built_again(finished, data, tmp_path):
     folder, lines = shutil.copytree(finished, tmp_path / "cache"), []
     whole = (folder / "long.npy").read_bytes()
     for damaged, problem in (
-        (None, "lacks a whole file"),
-        (whole[:-1], "lacks a whole file"),
+        (None, "are damaged"),
+        (whole[:-1], "are damaged"),
         (whole[:200] + b"?" + whole[201:], "the files long of .* are not what was written"),
     ):
         (folder / "long.npy").unlink(missing_ok=True)

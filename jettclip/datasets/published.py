@@ -114,6 +114,18 @@ def _lines(file):
     return ((place, line) for place, line in lines if line.strip())
 
 
+def _each(items, read):
+    """The place of each item, and what `read` makes of it, if anything, or its error."""
+    for place, item in items:
+        try:
+            if isinstance(item, Exception):
+                raise item
+            if found := read(json.loads(item) if isinstance(item, str) else item):
+                yield place, found
+        except Exception as error:
+            yield place, error
+
+
 def _of_split(items, split):
     """Items of a `split`. What has no valid split counts once, in train."""
     for place, item in items:
@@ -207,18 +219,17 @@ def coco(root, split, seed):
     """COCO 2017 captions: val2017 is test; val: 1,000 images of train2017, at most a tenth."""
     subset = "val2017" if split == "test" else "train2017"
     name, holds = f"annotations/captions_{subset}.json", f"COCO 2017: annotations/ and {subset}/"
-    file, captions, bad = _find(root, name, holds=holds), defaultdict(list), []
+    file, captions = _find(root, name, holds=holds), defaultdict(list)
+
+    def add(annotation):
+        captions[annotation["image_id"]].append(annotation["caption"])
 
     def read(image):
         return _inside(root, subset, image["file_name"]), captions[image["id"]]
 
     with _published(file):
         data = json.loads(_text(file))
-        for place, annotation in _items(data["annotations"], file, "annotation"):
-            try:
-                captions[annotation["image_id"]].append(annotation["caption"])
-            except Exception as error:
-                bad.append((place, error))
+        bad = list(_each(_items(data["annotations"], file, "annotation"), add))
         images = list(_items(data["images"], file, "image"))
         val = min(1000, len(images) // 10)
         images = {"train": images[val:] + bad, "val": images[:val], "test": images + bad}[split]
@@ -261,19 +272,13 @@ def _csv(file):
 
 
 def _named(item):
-    """A row of a folder's table, a dictionary or its JSON, with NAMES as keys; or what is wrong."""
-    try:
-        if isinstance(item, Exception):
-            return item
-        item = json.loads(item) if isinstance(item, str) else item
-        row = {key: next(filter(None, map(item.get, NAMES[key])), None) for key in NAMES}
-        for key in ("file_name", "long"):
-            if not {*NAMES[key]} & {*item}:
-                found = ", ".join(map(str, item))
-                raise ValueError(f"there is no {' or '.join(NAMES[key])} among its names: {found}")
-        return row
-    except Exception as error:
-        return error
+    """A row of a folder's table with NAMES as keys."""
+    row = {key: next(filter(None, map(item.get, NAMES[key])), None) for key in NAMES}
+    for key in ("file_name", "long"):
+        if not {*NAMES[key]} & {*item}:
+            found = ", ".join(map(str, item))
+            raise ValueError(f"there is no {' or '.join(NAMES[key])} among its names: {found}")
+    return row
 
 
 def folder(root, split, seed):
@@ -292,7 +297,7 @@ def folder(root, split, seed):
         found = list((_lines if file.suffix == ".jsonl" else _csv)(file))
         if found and isinstance(found[0][1], str) and found[0][1].lstrip().startswith("["):
             raise ValueError("it is one array: write one object a line, without brackets")
-        items = [(place, _named(row)) for place, row in found]
+        items = list(_each(found, _named))
         rows = [row for _, row in items if isinstance(row, dict)]
         if not any(row["split"] for row in rows):
             for row in rows:

@@ -29,21 +29,15 @@ LAYOUTS = {  # source: (files, item -> image and caption, or nothing: it is not 
 }
 
 
-def _row(place, item, folder, describe):
-    """[(place, what `describe` finds in an item of JSON)], or the error; [] if it is no row."""
-    try:
-        if not (found := describe(json.loads(item) if isinstance(item, str) else item)):
-            return []
-        image = found[0].removesuffix(".jpg") + ".jpg"
-        item = {"key": image, "image": _inside(folder, image), "captions": found[1:]}
-    except Exception as error:
-        item = error
-    return [(place, item)]
-
-
 def _layout(source, root, split, seed):
     """The table of a source in LAYOUTS, from files of JSON (a list, an object) or lines of it."""
     (folders, describe), rows = LAYOUTS[source], []
+
+    def row(item):
+        if found := describe(item):
+            image = found[0].removesuffix(".jpg") + ".jpg"
+            return {"key": image, "image": _inside(root / images, image), "captions": found[1:]}
+
     for pattern, images in folders.items():
         _find(root, pattern, holds=f"{source}: {pattern} and its images, in {images or 'folders'}")
         for file in _files(root, pattern):
@@ -52,8 +46,7 @@ def _layout(source, root, split, seed):
                 if file.suffix == ".json":
                     data = json.loads(_text(file))
                     items = published._items(data if isinstance(data, list) else [data], file)
-                for place, item in items:
-                    rows += _row(place, item, str(root / images), describe)
+                rows += published._each(items, row)
 
     def read(item):
         return item["image"], [" ".join(_valid(text).split()) for text in item["captions"]]
