@@ -230,7 +230,7 @@ def create_model(name, pretrained=None, device="cpu", text_tower=None, stretch="
     text_tower: one of TEXT_TOWERS. stretch: see `stretch_positions`. sizes: see `model_config`.
     """
     if name not in list_models():
-        if not openclip.known(name):
+        if not (name.startswith(("hf-hub:", "local-dir:")) or open_clip.get_model_config(name)):
             raise ValueError(nearest(name, [*list_models(), *open_clip.list_models()], "model"))
         return openclip.create(name, pretrained, text_tower=text_tower, **sizes).to(device)
     if pretrained == "pip":

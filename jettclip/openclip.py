@@ -126,12 +126,6 @@ class OpenClip(open_clip.CustomTextCLIP):
         return F.normalize(features, dim=-1) if normalize else features
 
 
-def known(name):
-    """Whether open_clip builds `name`: one of its own, hf-hub:AUTHOR/NAME or local-dir:FOLDER."""
-    own = name.startswith(("hf-hub:", "local-dir:"))
-    return own or open_clip.get_model_config(name) is not None
-
-
 def build(config, name, folder=None):
     """The model of a configuration of ours whose text_tower is "open_clip", with random weights.
 

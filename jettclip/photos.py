@@ -203,9 +203,8 @@ class PhotoIndex:
         asked, length = [], self.model.context_length
         for sign, words in ((1, text), (-1, without)):
             if (tokens := len(self.model.tokenizer.encode(words)) + 2) > length:
-                self.report(
-                    f"the description has {tokens} tokens: the model reads the first {length}"
-                )
+                read = f"the model reads the first {length}"
+                self.report(f"the description has {tokens} tokens: {read}")
             if tokens > 2:
                 asked.append((sign, self.model.encode_text([words])[0]))
         if image is not None:

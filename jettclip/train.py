@@ -59,9 +59,8 @@ class Config:
     eval_every: int = 50  # a checkpoint is written then, and every minute
 
     def __post_init__(self):
-        if unused := sorted({*self.method_weights} - {*parse_method(self.method)}):
-            names = ", ".join(unused)
-            raise ValueError(f"method_weights names {names}; the method is {self.method!r}")
+        if unused := ", ".join(sorted({*self.method_weights} - {*parse_method(self.method)})):
+            raise ValueError(f"method_weights names {unused}; the method is {self.method!r}")
         if self.pairs not in ("long", "both"):
             raise ValueError(nearest(self.pairs, ("long", "both"), "pairs"))
         self.weights = tuple(self.weights)

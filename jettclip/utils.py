@@ -44,9 +44,8 @@ def cache_folder():
 def require(path, notebook):
     """`path`, which `notebook` writes. Raises FileNotFoundError, which says what to run first."""
     if not path.exists():
-        raise FileNotFoundError(
-            f"there is no {path}: first run `make report` or notebook {notebook}"
-        )
+        todo = f"first run `make report` or notebook {notebook}"
+        raise FileNotFoundError(f"there is no {path}: {todo}")
     return path
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -27,18 +28,7 @@ from jettclip.distributed import in_processes
 from jettclip.features import FeatureCache
 from jettclip.losses import METHODS
 from jettclip.models import MODELS, TEXT_TOWERS, load_folder
-from jettclip.train import (
-    Config,
-    encode,
-    finished,
-    fit,
-    hide_patches,
-    keep_statistics,
-    learning_rate,
-    optimizer_of,
-    start,
-)
-from jettclip.train import run as run_job
+from jettclip.train import Config, finished, fit, hide_patches, learning_rate, optimizer_of
 from jettclip.utils import write_json
 
 NOTEBOOK_03 = Path(__file__).resolve().parents[1] / "notebooks/03_reparameterize.ipynb"
@@ -193,7 +183,7 @@ def job(tmp_path_factory):
 def test_a_job_is_trained(job, tmp_path, capsys):
     job = {**job, "folder": str(tmp_path / "run"), "config": {**job["config"], "steps": 2}}
     write_json(tmp_path / "job.json", job)
-    start(tmp_path / "job.json")
+    train.start(tmp_path / "job.json")
     out = capsys.readouterr().out
     assert "run step 2/2 loss" in out and "long_t2i_r10" in out
     assert len(history(tmp_path / "run")) == 2
@@ -206,14 +196,14 @@ def test_a_student_of_the_first_rows(job, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "fit", lambda model, config, dataset, *_: (config, dataset))
     table = pd.read_parquet(f"{job['data']}/train.parquet")
     for rows, n in ((0, 24), (16, 16)):
-        config, dataset = run_job({**job, "folder": str(tmp_path), "rows": rows})
+        config, dataset = train.run({**job, "folder": str(tmp_path), "rows": rows})
         assert dataset.keys == table.key[:n].tolist()
         train.check(config, dataset, [FeatureCache(job["caches"][0])])  # its cache may have more
 
 
 def start_two(folder):
     sys.stdout = open(folder / "lines", "w")  # noqa: SIM115
-    start(folder / "job.json", 2)
+    train.start(folder / "job.json", 2)
 
 
 def resume(job, report):
@@ -230,10 +220,7 @@ def test_two_processes_are_killed_and_resume(job, tmp_path, monkeypatch):
     while not lines.exists() or "killed step 2/6" not in lines.read_text():  # step 1 is saved
         assert process.is_alive()
         time.sleep(0.02)
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(RuntimeError, match="another process trains"),
-    ):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="another process"):
         patch.setattr(runs, "LOCK_SECONDS", 0)
         runs.lock(killed)
     process.kill()
@@ -273,9 +260,7 @@ def test_a_cache_of_other_crops_or_rows_teaches_nobody(data, tmp_path):
 
 
 @pytest.mark.parametrize("what, chunk", [("loss", 0), ("gradient", 0), ("gradient", 4)])
-def test_what_is_not_a_number_is_named_and_not_applied(
-    what, chunk, whole, data, tmp_path, monkeypatch
-):
+def test_a_nan_is_named_and_not_applied(what, chunk, whole, data, tmp_path, monkeypatch):
     """It is that of the batch's fifth long caption. Training resumes from before it."""
     monkeypatch.setattr(runs, "SAVE_SECONDS", 0)
     losses, steps = train.total_loss, []
@@ -345,10 +330,8 @@ EVERY = "+".join(METHODS)
 
 @pytest.mark.parametrize("name", [*TEXT_TOWERS, "transformers that read both ways"])
 def test_bfloat16_agrees_with_float32(name, large, tmp_path):
-    steps = [
-        first_step(tmp_path / f"{bf16}", large, make_tower(name), bf16=bf16, method=EVERY)
-        for bf16 in (True, False)
-    ]
+    step = partial(first_step, data=large, method=EVERY)
+    steps = [step(tmp_path / str(x), model=make_tower(name), bf16=x) for x in (True, False)]
     assert close(*steps) and not torch.equal(steps[0][0], steps[1][0])
     assert {x.dtype for x in steps[0]} == {torch.float32}
 
@@ -367,10 +350,8 @@ def test_on_a_cpu_only_linear_layers_multiply_in_bfloat16():
 @pytest.mark.parametrize("chunk", [0, 8])
 def test_masked_images_leave_the_statistics_alone(chunk, data, tmp_path):
     """After a step they are those of the student's own view: as without masked images."""
-    steps = [
-        first_step(tmp_path / method, data, tiny_model(), method=method, chunk=chunk)
-        for method in ("fd+mfd", "fd")
-    ]
+    step = partial(first_step, data=data, chunk=chunk)
+    steps = [step(tmp_path / x, model=tiny_model(), method=x) for x in ("fd+mfd", "fd")]
     assert torch.equal(steps[0][1], steps[1][1]) and not torch.equal(steps[0][0], steps[1][0])
 
 
@@ -383,8 +364,8 @@ def test_statistics_are_kept_and_estimated(data):
     batches = list(loader(data[0], epoch_batches(20, 10, 0, 0)))
     model = tiny_model().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with keep_statistics(model):
-        encode(model, batches[0][2:])
+    with train.keep_statistics(model):
+        train.encode(model, batches[0][2:])
     assert all(value.equal(before[key]) for key, value in model.state_dict().items())
     first, second, both = (reestimate(model, some) for some in (batches[:1], batches[1:], batches))
     assert model.training and not both.training

@@ -49,9 +49,8 @@ def test_progress_reports_once_a_minute(monkeypatch):
 
 def test_progress_is_a_bar_in_a_notebook_and_lines_in_batch(monkeypatch):
     bars = []
-    monkeypatch.setattr(
-        "tqdm.auto.tqdm", lambda items, *_, disable, **k: bars.append(not disable) or items
-    )
+    bar = lambda items, *_, disable, **k: bars.append(not disable) or items  # noqa: E731
+    monkeypatch.setattr("tqdm.auto.tqdm", bar)
     monkeypatch.setitem(utils.sys.modules, "ipykernel", utils)
     for batch in ("", "1"):
         monkeypatch.setenv("TQDM_DISABLE", batch)

@@ -70,10 +70,8 @@ def _find(root, *patterns, holds):
         if found := _files(root, pattern):
             return min(found, key=lambda path: (len(path.name), path.name))
     names = " or ".join(patterns).replace("*px", "<size>px")
-    raise FileNotFoundError(
-        f"no {names} in {str(root or '')!r}: set the parameter data_root or the environment "
-        f"variable JETTCLIP_DATA to the folder that holds {holds}"
-    )
+    todo = "set the parameter data_root or the environment variable JETTCLIP_DATA to the folder"
+    raise FileNotFoundError(f"no {names} in {str(root or '')!r}: {todo} that holds {holds}")
 
 
 def _inside(root, *path):
@@ -251,12 +249,8 @@ def karpathy(root, split, seed):
         return _table(_of_split(items, split), split, "filename", read, seed)
 
 
-NAMES = {
-    "file_name": ("file_name", "image"),
-    "long": ("long", "text", "caption"),
-    "short": ("short",),
-    "split": ("split",),
-}
+NAMES = {"file_name": ("file_name", "image"), "long": ("long", "text", "caption")}
+NAMES |= {"short": ("short",), "split": ("split",)}
 
 
 def _csv(file):
