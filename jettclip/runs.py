@@ -2,7 +2,6 @@
 
 import ast
 import hashlib
-import itertools
 import pickle
 import shutil
 import time
@@ -65,9 +64,8 @@ def code_hash(*modules):
     count."""
     folder, unused = Path(__file__).parent, ("search", "photos", "nearest", "web", "analysis")
     paths = [*sorted(folder.glob("*.py")), *sorted(folder.glob("datasets/*.py"))]
-    used = [path.stem in modules if modules else path.stem not in unused for path in paths]
-    paths = itertools.compress(paths, used)
-    code = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in paths]
+    used = [p for p in paths if (p.stem in modules if modules else p.stem not in unused)]
+    code = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in used]
     return hashlib.sha256("".join(code).encode()).hexdigest()
 
 
