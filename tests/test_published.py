@@ -20,11 +20,6 @@ from jettclip.datasets import published, rulers
 from jettclip.datasets.published import classes, encoded
 
 
-@pytest.fixture(autouse=True)
-def no_data_folder(monkeypatch):
-    monkeypatch.delenv("JETTCLIP_DATA", raising=False)
-
-
 @pytest.fixture
 def tree(tmp_path):
     """-> function(path, content) that writes a file: text or JSON, without content a picture."""
