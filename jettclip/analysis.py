@@ -3,7 +3,6 @@ training."""
 
 import math
 import re
-from itertools import zip_longest
 
 import numpy as np
 import pandas as pd
@@ -12,7 +11,7 @@ import torch
 
 from .datasets.published import sentences
 from .evaluate import difference_interval, interval, ranks
-from .text import tokenizer
+from .text import first_difference
 
 COLOURS = "red blue green yellow black white brown pink purple grey gray"
 NUMBERS = "two three four five six seven eight nine ten"
@@ -24,12 +23,6 @@ SWAPS = {
     for kind, words in KINDS
     for word in words.split()
 }
-
-
-def first_difference(text, changed):
-    """Position of the first token in which two texts differ, if any; the start token is 0."""
-    tokens = zip_longest(*map(tokenizer().encode, (text, changed)))
-    return next((i for i, (a, b) in enumerate(tokens, start=1) if a != b), None)
 
 
 def swap_attribute(caption, rng):
@@ -138,23 +131,14 @@ def cka_interval(x, y, blocks=20):
     return {"value": value, "low": value - half, "high": value + half, "n": len(x)}
 
 
-def neighbour_overlap(x, y, k=10, chunk=4096):
-    """Share (N,) of each row's k nearest neighbours in x (N, d) that are so in y (N, e) too.
+def neighbour_overlap(x, y, k=10):
+    """Share (N,) of each row's k < N nearest neighbours in x (N, d) that are so in y (N, e) too.
 
     x and y are normalised features of the same rows. Unrelated ones share k / (N - 1).
     """
-    if not 0 < k < len(x):
-        raise ValueError(f"{len(x)} rows have {len(x) - 1} neighbours each: k is {k}")
-    shares = []
-    for rows in torch.arange(len(x)).split(chunk):
-        nearest = []
-        for features in (x, y):
-            similarity = features[rows] @ features.T  # (B, N)
-            similarity[torch.arange(len(rows)), rows] = -torch.inf
-            nearest.append(similarity.topk(k, dim=1).indices)  # (B, k)
-        shared = (nearest[0][:, :, None] == nearest[1][:, None, :]).any(dim=2)  # (B, k)
-        shares.append(shared.double().mean(dim=1))
-    return torch.cat(shares).numpy()
+    similar = ((f @ f.T).fill_diagonal_(-torch.inf) for f in (x, y))  # (N, N) each
+    a, b = (s.topk(k, dim=1).indices for s in similar)  # (N, k) each
+    return (a[:, :, None] == b[:, None, :]).any(dim=2).double().mean(dim=1).numpy()
 
 
 def efficiency(history, base, queries, k=1):

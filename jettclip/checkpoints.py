@@ -68,18 +68,11 @@ def save_folder(model, folder):
         write_then_rename(folder / "README.md", lambda path: path.write_text(card, "utf-8"))
 
 
-def is_run_folder(path):
-    """Whether `path` is a folder of ours. A folder without both files is a FileNotFoundError."""
-    return absolute(path).is_dir() and "jettclip" in folder_config(path)
-
-
 def folder_config(folder):
     """The open_clip_config.json of a model folder."""
     folder = absolute(folder)
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
-    if missing:
-        names = " and no ".join(missing)
-        raise FileNotFoundError(f"{folder} has no {names}: it is no (finished) model folder")
+    if missing := " and no ".join(x for x in (CONFIG, WEIGHTS) if not (folder / x).is_file()):
+        raise FileNotFoundError(f"{folder} has no {missing}: it is no (finished) model folder")
     return read_json(folder / CONFIG)
 
 
@@ -153,11 +146,6 @@ def longclip_sizes(state):
         }
     except (KeyError, IndexError, ValueError) as error:  # of a name or a shape
         raise ValueError(f"this is no Long-CLIP checkpoint: {error!r}") from None
-
-
-def is_apple_vit(state):
-    """Whether the image tower is that of Apple's file of a MobileCLIP with a ViT (B)."""
-    return "image_encoder.model.patch_emb.0.block.conv.weight" in state
 
 
 def to_our_keys(state, model):

@@ -8,7 +8,6 @@ import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections import deque
@@ -96,24 +95,13 @@ def in_processes(run, job):
 
 
 def torchrun(module, job, processes):
-    """Run `python -m module job` in several processes, on all nodes of a Slurm job.
+    """Run `python -m module job` in several processes of this machine.
 
     Prints their lines as they come; RuntimeError with the last ones if a process fails.
     """
-    nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
-    if processes % nodes:
-        raise ValueError(f"{processes} processes do not divide among the job's {nodes} nodes")
-    launch, meet = "", "--standalone"
-    if nodes > 1:  # --overlap: this step of the job holds its processors already
-        launch = f"srun --overlap --kill-on-bad-exit --nodes {nodes} --ntasks-per-node 1"
-        if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
-            launch += f" --cpus-per-task {cpus}"
-        number = os.environ["SLURM_JOB_ID"]
-        address = f"{socket.gethostname()}:{20000 + int(number) % 10000}"
-        meet = f"--rdzv-backend c10d --rdzv-id {number} --rdzv-endpoint {address}"
-    options = f"--nnodes {nodes} --nproc-per-node {processes // nodes} {meet} -m {module}"
+    options = f"--nproc-per-node {processes} --standalone -m {module}"
     # This file starts torchrun: code between fork and exec may hang where threads have run.
-    command = [*launch.split(), sys.executable, "-P", __file__, *options.split(), job]
+    command = [sys.executable, "-P", __file__, *options.split(), job]
     tail, pipes = deque(maxlen=100), {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     pipes |= {"encoding": "utf-8", "errors": "replace"}
     with subprocess.Popen(command, **pipes) as workers:

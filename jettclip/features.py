@@ -10,7 +10,6 @@ not in it: they belong to the student's batch.
 
 import hashlib
 import json
-import os
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +23,8 @@ from .checkpoints import file_hash
 from .data import dataset_for, draw_crops, fingerprint, in_order, loader
 from .distributed import is_first, rank, wait_for_all, world_size
 from .models import load_folder
-from .runs import code_hash
-from .utils import progress, read_json, write_json, write_then_rename
+from .runs import code_hash, disk_space
+from .utils import progress, read_json, sha256, write_json, write_then_rename
 
 FILES = ("image", "long", "short", "crops")
 SEEN = ("image_size", "context_length", "preprocess", "padding_front")  # how a row is read
@@ -42,15 +41,21 @@ class FeatureCache:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.manifest = read_json(self.folder / "manifest.json")
-        # not "r": PyTorch warns of read-only arrays
-        files = [np.load(self.folder / f"{name}.npy", mmap_mode="c") for name in FILES]
+        try:  # not "r": PyTorch warns of read-only arrays
+            files = [np.load(self.folder / f"{name}.npy", mmap_mode="c") for name in FILES]
+        except (OSError, ValueError, EOFError) as error:
+            problem = f"the files of {folder} are damaged ({error})"
+            raise Stale(f"{problem}: notebook 01 builds it again") from None
         self.image, self.long, self.short, self.crops = files
         # (N K, d), (N D, d), (N D, d): PyTorch gathers rows with all threads
         self.flat = [torch.from_numpy(file).flatten(0, -2) for file in files[:3]]
 
     def verify(self):
         """Compare every file with the manifest's SHA-256; Stale names those that differ."""
-        _compare(self.folder, self.manifest, "sha256")
+        sums = {name: sha256(self.folder / f"{name}.npy") for name in FILES}
+        if differs := ", ".join(x for x in FILES if sums[x] != self.manifest["sha256"][x]):
+            problem = f"the files {differs} of {self.folder} are not what was written"
+            raise Stale(f"{problem}: notebook 01 builds it again")
 
     @classmethod
     def build(cls, folder, teacher, teacher_hash, table, dataset, batch_size=128, report=print):
@@ -61,8 +66,6 @@ class FeatureCache:
         """
         folder, (n, k, _), draws = Path(folder), dataset.crops.shape, dataset.draws
         width, text_width = getattr(teacher, "widths", None) or [teacher.config["embed_dim"]] * 2
-        if not n:
-            raise ValueError("there are no pairs, and no features to store")
         source = {"teacher": teacher_hash, "data": fingerprint(table), "code": code_hash(*CODE)}
         source["crops"] = hashlib.sha256(dataset.crops.tobytes()).hexdigest()
         source |= {"rows": n, "augmentations": k, "draws": draws, "width": width}
@@ -87,8 +90,7 @@ class FeatureCache:
         wait_for_all()
         if is_first():
             write_then_rename(folder / "crops.npy", lambda path: np.save(path, dataset.crops))
-            for key in ("sha256", "sampled"):
-                manifest[key] = {name: _digest(folder / f"{name}.npy", key) for name in FILES}
+            manifest["sha256"] = {name: sha256(folder / f"{name}.npy") for name in FILES}
             write_json(folder / "manifest.json", {**manifest, "torch": torch.__version__})
             for name in ("done.npy", "progress.json"):
                 (folder / name).unlink()
@@ -97,20 +99,15 @@ class FeatureCache:
 
     @classmethod
     def open(cls, folder, **source):
-        """Open a finished cache whose manifest has the values of `source` (rows=, data=, ...).
-
-        Compares the length and a sample of each file with the manifest: milliseconds at any size.
-        """
-        path = Path(folder) / "manifest.json"
-        if not path.exists():
+        """Open a finished cache whose manifest has the values of `source` (rows=, data=, ...)."""
+        if not (Path(folder) / "manifest.json").exists():
             raise FileNotFoundError(f"{folder} holds no finished feature cache: run notebook 01")
-        manifest = read_json(path)
-        cached = {key: manifest.get(key) for key in source}
-        if differs := [key for key in source if cached[key] != source[key]]:
-            values = [f"{key} (cached {cached[key]!r}, asked {source[key]!r})" for key in differs]
-            raise Stale(f"the feature cache {folder} is of other inputs: {'; '.join(values)}")
-        _compare(Path(folder), manifest, "sampled")
-        return cls(folder)
+        cache = cls(folder)
+        both = {key: (cache.manifest.get(key), value) for key, value in source.items()}
+        differs = [f"{k} (cached {x!r}, asked {y!r})" for k, (x, y) in both.items() if x != y]
+        if differs:
+            raise Stale(f"the feature cache {folder} is of other inputs: {'; '.join(differs)}")
+        return cache
 
     def rows(self, index, k):
         """Normalised image, long, short features (B, d) of rows `index` (B,) in crops `k` (B,)."""
@@ -151,27 +148,6 @@ class CachedFeatures:
         return self.cache.rows(rows, np.full(len(rows), k))[1:]
 
 
-def _digest(path, key):
-    """SHA-256 of a file, or for "sampled" of its length and of 64 blocks of it, spread evenly."""
-    with open(path, "rb") as file:
-        if key == "sha256":
-            return hashlib.file_digest(file, key).hexdigest()
-        size = file.seek(0, os.SEEK_END)
-        digest = hashlib.sha256(str(size).encode())
-        for place in np.linspace(0, max(0, size - 4096), 64).astype(int):
-            file.seek(place)
-            digest.update(file.read(4096))
-    return digest.hexdigest()
-
-
-def _compare(folder, manifest, key):
-    paths, sums = {name: folder / f"{name}.npy" for name in FILES}, manifest.get(key, {})
-    same = {x: path.exists() and _digest(path, key) == sums.get(x) for x, path in paths.items()}
-    if differs := ", ".join(name for name in FILES if not same[name]):
-        problem = f"the files {differs} of {folder} are not what was written"
-        raise Stale(f"{problem}: notebook 01 builds it again")
-
-
 def _prepare(folder, manifest, shapes):
     """Create the files of a cache, unless a killed run of the same left them."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,7 +156,7 @@ def _prepare(folder, manifest, shapes):
     if left == manifest and all(map(Path.exists, paths)):
         return
     started.unlink(missing_ok=True)
-    try:
+    with disk_space(folder):
         for path, shape in zip(paths, shapes.values(), strict=True):
             path.unlink(missing_ok=True)  # not cut: a student may still read the cache before
             array = np.lib.format.open_memmap(path, "w+", np.float16, shape)
@@ -188,12 +164,6 @@ def _prepare(folder, manifest, shapes):
                 file.seek(array.offset)
                 for start in range(0, array.nbytes, 1 << 20):
                     file.write(bytes(min(1 << 20, array.nbytes - start)))
-    except OSError as error:
-        for path in paths:
-            path.unlink(missing_ok=True)
-        size = sum(2 * np.prod(shape) for shape in shapes.values()) / 1e9
-        problem = f"no room for {size:.3f} GB of teacher features in {folder}: {error.strerror}"
-        raise OSError(f"{problem}; free some, or store fewer augmentations") from None
     write_json(started, manifest)
 
 

@@ -3,7 +3,6 @@
 The hub's environment variables hold, such as HF_HUB_OFFLINE=1 or HF_HOME.
 """
 
-import hashlib
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from tqdm import tqdm
 
 from .checkpoints import CONFIG, WEIGHTS
-from .utils import absolute, nearest
+from .utils import absolute, nearest, sha256
 
 LONGCLIP = {f"LongCLIP-{x}": (f"BeichenZhang/LongCLIP-{x}", (f"longclip-{x}.pt",)) for x in "BL"}
 FILE, FOLDER = (WEIGHTS,), (CONFIG, WEIGHTS)
@@ -25,7 +24,7 @@ def words(name):
     """{word: (repository, files)} of weights of model `name`: open_clip's tags, "published"."""
     name = name.replace("JettCLIP-S0", "MobileCLIP2-S0").replace("JettCLIP", "MobileCLIP")
     tags = open_clip.list_pretrained_tags_by_model(name)
-    known = {tag: (open_clip.get_pretrained_cfg(name, tag).get("hf_hub"), FILE) for tag in tags}
+    known = {t: (open_clip.get_pretrained_cfg(name, t)["hf_hub"].strip("/"), FILE) for t in tags}
     known["published"] = LONGCLIP.get(name) or next(iter(known.values()), None)
     return known if known["published"] else {}
 
@@ -67,7 +66,6 @@ def published(name, word="published"):
         place, files = known[word]
     else:
         return Path(file(name, word))
-    place = place.strip("/")
     try:
         path = Path([fetch(place, file) for file in files][-1])
     except Exception as error:  # no network, no such repository: of several libraries
@@ -97,9 +95,7 @@ def fetch(repository, file):
         tqdm.write(f"fetching {file}; for its licence see https://huggingface.co/{repository}")
     path = hf_hub_download(repository, file)
     blob = Path(path).resolve()  # where links work, it is named by what it holds
-    if re.fullmatch("[0-9a-f]{64}", blob.name):
-        with open(blob, "rb") as content:
-            if hashlib.file_digest(content, "sha256").hexdigest() != blob.name:
-                blob.unlink()
-                raise OSError(f"{file} has another SHA-256 than the hub says")
+    if re.fullmatch("[0-9a-f]{64}", blob.name) and sha256(blob) != blob.name:
+        blob.unlink()
+        raise OSError(f"{file} has another SHA-256 than the hub says")
     return path

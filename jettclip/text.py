@@ -7,6 +7,7 @@ Shapes: B captions of L tokens with d numbers each; b, l and t are of a group of
 """
 
 from functools import cache
+from itertools import zip_longest
 
 import tokenizers
 import torch
@@ -45,6 +46,12 @@ class Tokenizer(inputs.Tokenizer):
 def tokenizer(context_length=CONTEXT):
     """-> tokenizer(texts) -> LongTensor (B, context_length); truncates, keeps the end token."""
     return Tokenizer(*byte_pairs(), context_length)
+
+
+def first_difference(text, changed):
+    """Position of the first token in which two texts differ, if any; the start token is 0."""
+    tokens = zip_longest(*map(tokenizer().encode, (text, changed)))
+    return next((i for i, (a, b) in enumerate(tokens, start=1) if a != b), None)
 
 
 def stretch_positions(weight, length=CONTEXT, keep=20, mode="longclip"):

@@ -7,10 +7,9 @@ Notebook 02 calls `fit` or writes the job. A run folder holds `config.json`, `hi
 `last.ckpt` and at the end `student/`. A killed run resumes and ends with the very same bytes.
 """
 
-import copy
 import math
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from . import distributed
-from .checkpoints import fill, save_folder
+from .checkpoints import save_folder
 from .data import dataset_for, epoch_batches, fingerprint, loader
 from .distributed import average_gradients, gather, is_first, rank, world_size
 from .evaluate import recall
@@ -60,9 +59,8 @@ class Config:
     eval_every: int = 50  # a checkpoint is written then, and every minute
 
     def __post_init__(self):
-        if unused := sorted({*self.method_weights} - {*parse_method(self.method)}):
-            names = ", ".join(unused)
-            raise ValueError(f"method_weights names {names}; the method is {self.method!r}")
+        if unused := ", ".join(sorted({*self.method_weights} - {*parse_method(self.method)})):
+            raise ValueError(f"method_weights names {unused}; the method is {self.method!r}")
         if self.pairs not in ("long", "both"):
             raise ValueError(nearest(self.pairs, ("long", "both"), "pairs"))
         self.weights = tuple(self.weights)
@@ -133,18 +131,6 @@ def encode(model, inputs, bf16=False):
             return [f.float() for f in (image, *text, *map(model.encode_image, masked))]
 
 
-@torch.no_grad()
-def reestimate(model, batches):
-    """A copy of `model` whose batch norms hold the mean statistics of `batches`, as of `loader`."""
-    model = copy.deepcopy(model).train()
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    for done, (_, _, *inputs) in enumerate(batches, 1):
-        for norm in norms:
-            norm.momentum = 1 / done
-        encode(model, inputs)
-    return model.eval()
-
-
 def backward(model, inputs, objective, config):
     """Gradients of objective(features of inputs) -> (loss, terms, features with gradients)."""
     if 0 < config.chunk < len(inputs[0]):
@@ -203,10 +189,6 @@ def batches_after(step, dataset, config, device):
 def check(config, dataset, caches):
     """Refuse what cannot be trained."""
     size, processes = config.batch_size, world_size()
-    if config.steps < 1 or size < 2:
-        raise ValueError(f"{config.steps} steps of {size} pairs: train at least 1 step of 2 pairs")
-    if config.method != "none" and not caches:
-        raise ValueError(f"method {config.method!r} distils: it needs a feature cache")
     if len(dataset) < size:
         raise ValueError(f"{len(dataset)} training pairs do not fill a batch_size of {size}")
     if size % processes:
@@ -297,8 +279,7 @@ def run(job, report=tqdm.write):
 
     job: folder, data (folder of train.parquet, val.parquet), caches (folders), config, model,
     model_file (weights to start from, or none), text_tower, image_size, context_length, crops (of
-    those stored; 0: all), rows (the first so many; 0: all), start: None or {"steps", "stretch"}, to
-    learn short captions first, at 77 tokens, and stretch the positions, as the teacher did.
+    those stored; 0: all), rows (the first so many; 0: all).
     """
     data, folder, config = Path(job["data"]), Path(job["folder"]), Config(**job["config"])
     train, val = (pd.read_parquet(data / f"{split}.parquet") for split in ("train", "val"))
@@ -306,20 +287,10 @@ def run(job, report=tqdm.write):
     train = train.head(job["rows"] or None)
     crops = caches[0].crops[: len(train), : job["crops"] or None]
 
-    def new(context_length):
-        torch.manual_seed(config.seed)
-        sizes = {"context_length": context_length, "image_size": job["image_size"]}
-        options = job.get("model_file") or None, distributed.device(), job["text_tower"]
-        return create_model(job["model"], *options, **sizes)
-
-    student = new(job["context_length"])
-    if first := job.get("start"):
-        clip, steps = new(77), first["steps"]
-        short = dataset_for(clip, train.assign(long=train.short), crops)
-        plain = replace(config, steps=steps, method="none", method_weights={}, weights=(1, 0, 0, 0))
-        clip = fit(clip, plain, short, folder / "clip77", report=report)
-        fill(student, clip.state_dict(), "clip77", first["stretch"])
-        torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed)
+    options = job.get("model_file") or None, distributed.device(), job["text_tower"]
+    sizes = {name: job[name] for name in ("context_length", "image_size")}
+    student = create_model(job["model"], *options, **sizes)
     padding_front = caches[0].manifest["padding_front"]  # as the teacher read the captions
     dataset = dataset_for(student, train, crops, "longs" in train, padding_front)
     val = dataset_for(student, val)

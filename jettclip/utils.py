@@ -1,6 +1,7 @@
 """Files that are whole or absent, the nearest valid name, progress, and what produced a result."""
 
 import difflib
+import hashlib
 import json
 import os
 import platform
@@ -24,6 +25,12 @@ def read_json(path):
     return json.loads(Path(path).read_text("utf-8"))
 
 
+def sha256(path):
+    """SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def absolute(path):
     """A path that a user gives: `~` expanded, absolute from where the user stands."""
     return Path(os.path.abspath(os.path.expanduser(path)))
@@ -37,9 +44,8 @@ def cache_folder():
 def require(path, notebook):
     """`path`, which `notebook` writes. Raises FileNotFoundError, which says what to run first."""
     if not path.exists():
-        raise FileNotFoundError(
-            f"there is no {path}: first run `make report` or notebook {notebook}"
-        )
+        todo = f"first run `make report` or notebook {notebook}"
+        raise FileNotFoundError(f"there is no {path}: {todo}")
     return path
 
 

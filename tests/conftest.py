@@ -45,6 +45,11 @@ def randomise(model, seed=0):
     return model.eval()
 
 
+@pytest.fixture(autouse=True)
+def no_data_folder(monkeypatch):
+    monkeypatch.delenv("JETTCLIP_DATA", raising=False)
+
+
 @pytest.fixture(scope="session")
 def table():
     """24 pairs of scenes, 32 pixels wide."""

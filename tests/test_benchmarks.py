@@ -31,9 +31,8 @@ def run(table, tmp_path, monkeypatch):
     def executed(name, **parameters):
         parameters |= {"results": str(tmp_path), "repeats": 2}
         values = {"__name__": "__main__"}
-        for cell in json.loads((NOTEBOOKS / f"benchmarks/{name}.ipynb").read_text("utf-8"))[
-            "cells"
-        ]:
+        text = (NOTEBOOKS / f"benchmarks/{name}.ipynb").read_text("utf-8")
+        for cell in json.loads(text)["cells"]:
             if cell["cell_type"] == "code":
                 exec("".join(cell["source"]), values)
             if "parameters" in cell["metadata"].get("tags", ()):

@@ -10,7 +10,7 @@ import pytest
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image, ImageChops
 
-from jettclip.datasets.collage import GRIDS, collage, make_details, make_pairs
+from jettclip.datasets.collage import GRIDS, _caption, _picture, _plan, make_details, make_pairs
 from jettclip.datasets.published import encoded
 
 TEXT = "Photo number {} shows a brown dog that jumps over a low wooden fence, version {} ."
@@ -26,7 +26,8 @@ def photos():
 
 def test_the_caption_says_what_is_where(photos):
     for index in range(8):
-        picture, long, short, used = collage(*photos, seed=1, index=index, size=72)
+        plan = _plan(photos[1], 1, index)
+        picture, (long, short), used = _picture(photos[0], plan, 72), _caption(plan), plan.photos
         (rows, columns), names = next(grid for grid in GRIDS.items() if len(grid[1]) == len(used))
         assert picture.size == (72, 72) and len(set(used)) == len(used)
         for cell, name in enumerate(names):

@@ -27,11 +27,6 @@ def jpeg(size=(20, 16), colour=(200, 30, 30)):
     return encoded(Image.new("RGB", size, colour), "JPEG")
 
 
-@pytest.fixture(autouse=True)
-def no_data_folder(monkeypatch):
-    monkeypatch.delenv("JETTCLIP_DATA", raising=False)
-
-
 @pytest.fixture
 def flickr8k(tmp_path):
     """A folder of images at two sizes, of which the smaller are read, with five captions each."""

@@ -79,9 +79,8 @@ def test_files_name_no_path_of_the_machine(exported):
 
 def test_identity_is_that_of_the_image_features(exported, monkeypatch, tmp_path):
     model, folder = exported
-    monkeypatch.setattr(
-        "jettclip.deploy.export.write_graph", lambda *a: shutil.copy(folder / a[3].name, a[3])
-    )
+    write = lambda *a: shutil.copy(folder / a[3].name, a[3])  # noqa: E731
+    monkeypatch.setattr("jettclip.deploy.export.write_graph", write)
     monkeypatch.setattr("jettclip.deploy.export.drift", lambda *_: (0,))
 
     def identity(model):

@@ -151,30 +151,19 @@ def test_with_each_crop_goes_a_draw_of_the_captions(crops, tmp_path):
 def test_damaged_files_are_refused_and_built_again(finished, data, tmp_path):
     folder, lines = shutil.copytree(finished, tmp_path / "cache"), []
     whole = (folder / "long.npy").read_bytes()
-    for damaged in (whole[:200] + b"?" + whole[201:], whole[:-1], None):
-        (folder / "long.npy").unlink()
+    for damaged, problem in (
+        (None, "are damaged"),
+        (whole[:-1], "are damaged"),
+        (whole[:200] + b"?" + whole[201:], "the files long of .* are not what was written"),
+    ):
+        (folder / "long.npy").unlink(missing_ok=True)
         if damaged:
             (folder / "long.npy").write_bytes(damaged)
-        with pytest.raises(Stale, match="the files long of .* not what was written: notebook"):
-            FeatureCache.open(folder)
+        with pytest.raises(Stale, match=f"{problem}.*: notebook 01 builds it again"):
+            FeatureCache.open(folder).verify()
     (folder / "progress.json").write_text("{}")  # killed before it was removed: of no use
     build(folder, data, report=lines.append)
     assert "building it again" in lines[0] and contents(folder) == contents(finished)
-
-
-def test_opening_reads_a_sample_and_verifying_reads_all(tmp_path):
-    """Of 4 MB in 64 blocks of 4 KiB: the first and the last byte, not the one after a block."""
-
-    def digests(place=None):
-        content = bytearray(4 << 20)
-        if place is not None:
-            content[place] = 1
-        (tmp_path / "x").write_bytes(content)
-        return [features._digest(tmp_path / "x", key) for key in ("sampled", "sha256")]
-
-    whole = digests()
-    for place, sampled in ((0, True), (4096, False), (-1, True)):
-        assert [x != y for x, y in zip(digests(place), whole, strict=True)] == [sampled, True]
 
 
 def test_rows_outside_are_refused(finished):
@@ -186,11 +175,9 @@ def test_rows_outside_are_refused(finished):
     assert cache.rows([22], [1])[0].equal(torch.from_numpy(cache.image[22:, 1]).float())
 
 
-def test_one_pair_and_none(data, tmp_path):
-    one, none = ((data[0][:n], PairDataset(data[0][:n], 16)) for n in (1, 0))
+def test_one_pair(data, tmp_path):
+    one = data[0][:1], PairDataset(data[0][:1], 16)
     assert [x.shape for x in build(tmp_path, one, batch_size=4).rows([0], [0])] == [(1, 8)] * 3
-    with pytest.raises(ValueError, match="there are no pairs, and no features to store"):
-        build(tmp_path, none)
 
 
 def die(count):
@@ -242,16 +229,14 @@ def test_processes_share_the_work(interrupted, finished, tmp_path):
     assert contents(tmp_path) == contents(finished)
 
 
-def test_full_disk(finished, data, tmp_path, monkeypatch):
-    """Every file stops at 700 bytes, as on a full disk. macOS has no posix_fallocate."""
-    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+def test_full_disk(finished, data, tmp_path):
+    """Every file stops at 700 bytes, as on a full disk."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (700, limit[1]))
     try:
-        with pytest.raises(OSError, match=f"no room for 0.000 GB of .* in {tmp_path}.*; free some"):
+        with pytest.raises(OSError, match=f"write to {tmp_path}, .* GB are free .*: make room"):
             build(tmp_path, data)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert list(tmp_path.iterdir()) == []
     build(tmp_path, data)
     assert contents(tmp_path) == contents(finished)

@@ -13,14 +13,7 @@ from torch import nn
 
 import jettclip
 from jettclip import losses
-from jettclip.losses import (
-    METHODS,
-    Heads,
-    contrastive_loss,
-    distill_loss,
-    primary_components,
-    total_loss,
-)
+from jettclip.losses import METHODS, Heads, contrastive_loss, distill_loss, total_loss
 
 LOSSES = np.load(GOLDEN / "losses_seed0.npz")
 STUDENT = drawn("s_img", 24, 32), drawn("s_txt", 24, 32)
@@ -55,7 +48,7 @@ def test_components_and_gradient_agree_with_svd(rows, width, bits, tolerance):
     reference = mean + (u[:, :8] * s[:8]) @ v[:8]
     (reference * weights).sum().backward()
     features = exact.detach().to(dtype).requires_grad_()
-    components = primary_components(features, 8)
+    components = losses.primary_components(features, 8)
     (components * weights.to(dtype)).sum().backward()
     assert components.dtype == dtype
     assert relative(components.detach().double(), reference.detach()) < tolerance
@@ -74,7 +67,7 @@ DEGENERATE = {
 @pytest.mark.parametrize("name", DEGENERATE)
 def test_gradient_stays_finite(name):
     features = DEGENERATE[name].clone().requires_grad_()
-    components = primary_components(features, 5)
+    components = losses.primary_components(features, 5)
     (components * drawn("weights", *features.shape)).sum().backward()
     assert torch.isfinite(components).all() and torch.isfinite(features.grad).all()
     if "low rank" in name:  # nothing is left out
@@ -84,7 +77,7 @@ def test_gradient_stays_finite(name):
 @pytest.mark.parametrize("rows, width", [(6, 20), (1, 20), (20, 5)])
 def test_few_rows_or_columns_come_back_unchanged(rows, width):
     features = drawn("rows", rows, width).requires_grad_()
-    components = primary_components(features, 5)
+    components = losses.primary_components(features, 5)
     components.sum().backward()
     assert torch.equal(components, features) and (features.grad == 1).all()
 
@@ -227,7 +220,8 @@ def test_total_by_its_terms():
     method = {"method": "crd+fd", "components": 6}
     loss, terms = total_loss(LONG_AND_SHORT, TAUGHT, 10.0, **method, **settings)
     (image, long, short), (t_image, t_long, t_short) = LONG_AND_SHORT, TAUGHT
-    rebuilt, t_rebuilt = (primary_components(F.normalize(f, dim=1), 6) for f in (image, t_image))
+    normal = (F.normalize(f, dim=1) for f in (image, t_image))
+    rebuilt, t_rebuilt = (losses.primary_components(f, 6) for f in normal)
     logits = 10.0 * rebuilt @ F.normalize(short, dim=1).T  # what is rebuilt keeps its length
     both = (F.cross_entropy(x, torch.arange(24), label_smoothing=0.1) for x in (logits, logits.T))
     distill = partial(distill_loss, "crd+fd", student_scale=10.0, **settings)

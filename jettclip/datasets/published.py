@@ -70,10 +70,8 @@ def _find(root, *patterns, holds):
         if found := _files(root, pattern):
             return min(found, key=lambda path: (len(path.name), path.name))
     names = " or ".join(patterns).replace("*px", "<size>px")
-    raise FileNotFoundError(
-        f"no {names} in {str(root or '')!r}: set the parameter data_root or the environment "
-        f"variable JETTCLIP_DATA to the folder that holds {holds}"
-    )
+    todo = "set the parameter data_root or the environment variable JETTCLIP_DATA to the folder"
+    raise FileNotFoundError(f"no {names} in {str(root or '')!r}: {todo} that holds {holds}")
 
 
 def _inside(root, *path):
@@ -112,6 +110,18 @@ def _lines(file):
     """Lines of a text file, but for empty ones, each with its place."""
     lines = _items(_text(file).split("\n"), file, "line", first=1)
     return ((place, line) for place, line in lines if line.strip())
+
+
+def _each(items, read):
+    """The place of each item, and what `read` makes of it, if anything, or its error."""
+    for place, item in items:
+        try:
+            if isinstance(item, Exception):
+                raise item
+            if found := read(json.loads(item) if isinstance(item, str) else item):
+                yield place, found
+        except Exception as error:
+            yield place, error
 
 
 def _of_split(items, split):
@@ -207,18 +217,17 @@ def coco(root, split, seed):
     """COCO 2017 captions: val2017 is test; val: 1,000 images of train2017, at most a tenth."""
     subset = "val2017" if split == "test" else "train2017"
     name, holds = f"annotations/captions_{subset}.json", f"COCO 2017: annotations/ and {subset}/"
-    file, captions, bad = _find(root, name, holds=holds), defaultdict(list), []
+    file, captions = _find(root, name, holds=holds), defaultdict(list)
+
+    def add(annotation):
+        captions[annotation["image_id"]].append(annotation["caption"])
 
     def read(image):
         return _inside(root, subset, image["file_name"]), captions[image["id"]]
 
     with _published(file):
         data = json.loads(_text(file))
-        for place, annotation in _items(data["annotations"], file, "annotation"):
-            try:
-                captions[annotation["image_id"]].append(annotation["caption"])
-            except Exception as error:
-                bad.append((place, error))
+        bad = list(_each(_items(data["annotations"], file, "annotation"), add))
         images = list(_items(data["images"], file, "image"))
         val = min(1000, len(images) // 10)
         images = {"train": images[val:] + bad, "val": images[:val], "test": images + bad}[split]
@@ -240,12 +249,8 @@ def karpathy(root, split, seed):
         return _table(_of_split(items, split), split, "filename", read, seed)
 
 
-NAMES = {
-    "file_name": ("file_name", "image"),
-    "long": ("long", "text", "caption"),
-    "short": ("short",),
-    "split": ("split",),
-}
+NAMES = {"file_name": ("file_name", "image"), "long": ("long", "text", "caption")}
+NAMES |= {"short": ("short",), "split": ("split",)}
 
 
 def _csv(file):
@@ -261,19 +266,13 @@ def _csv(file):
 
 
 def _named(item):
-    """A row of a folder's table, a dictionary or its JSON, with NAMES as keys; or what is wrong."""
-    try:
-        if isinstance(item, Exception):
-            return item
-        item = json.loads(item) if isinstance(item, str) else item
-        row = {key: next(filter(None, map(item.get, NAMES[key])), None) for key in NAMES}
-        for key in ("file_name", "long"):
-            if not {*NAMES[key]} & {*item}:
-                found = ", ".join(map(str, item))
-                raise ValueError(f"there is no {' or '.join(NAMES[key])} among its names: {found}")
-        return row
-    except Exception as error:
-        return error
+    """A row of a folder's table with NAMES as keys."""
+    row = {key: next(filter(None, map(item.get, NAMES[key])), None) for key in NAMES}
+    for key in ("file_name", "long"):
+        if not {*NAMES[key]} & {*item}:
+            found = ", ".join(map(str, item))
+            raise ValueError(f"there is no {' or '.join(NAMES[key])} among its names: {found}")
+    return row
 
 
 def folder(root, split, seed):
@@ -292,7 +291,7 @@ def folder(root, split, seed):
         found = list((_lines if file.suffix == ".jsonl" else _csv)(file))
         if found and isinstance(found[0][1], str) and found[0][1].lstrip().startswith("["):
             raise ValueError("it is one array: write one object a line, without brackets")
-        items = [(place, _named(row)) for place, row in found]
+        items = list(_each(found, _named))
         rows = [row for _, row in items if isinstance(row, dict)]
         if not any(row["split"] for row in rows):
             for row in rows:

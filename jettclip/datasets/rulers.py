@@ -8,19 +8,8 @@ import json
 from collections import defaultdict
 from functools import partial
 
-from .published import (
-    _files,
-    _find,
-    _inside,
-    _items,
-    _lines,
-    _published,
-    _table,
-    _text,
-    _valid,
-    data_folder,
-    sentence,
-)
+from . import published
+from .published import _files, _find, _inside, _lines, _published, _table, _text, _valid, sentence
 
 # Annotation files -> the folder of their images.
 DOCCI = {"docci_descriptions.jsonlines": "images"}
@@ -40,21 +29,15 @@ LAYOUTS = {  # source: (files, item -> image and caption, or nothing: it is not 
 }
 
 
-def _row(place, item, folder, describe):
-    """[(place, what `describe` finds in an item of JSON)], or the error; [] if it is no row."""
-    try:
-        if not (found := describe(json.loads(item) if isinstance(item, str) else item)):
-            return []
-        image = found[0].removesuffix(".jpg") + ".jpg"
-        item = {"key": image, "image": _inside(folder, image), "captions": found[1:]}
-    except Exception as error:
-        item = error
-    return [(place, item)]
-
-
 def _layout(source, root, split, seed):
     """The table of a source in LAYOUTS, from files of JSON (a list, an object) or lines of it."""
     (folders, describe), rows = LAYOUTS[source], []
+
+    def row(item):
+        if found := describe(item):
+            image = found[0].removesuffix(".jpg") + ".jpg"
+            return {"key": image, "image": _inside(root / images, image), "captions": found[1:]}
+
     for pattern, images in folders.items():
         _find(root, pattern, holds=f"{source}: {pattern} and its images, in {images or 'folders'}")
         for file in _files(root, pattern):
@@ -62,9 +45,8 @@ def _layout(source, root, split, seed):
                 items = _lines(file)
                 if file.suffix == ".json":
                     data = json.loads(_text(file))
-                    items = _items(data if isinstance(data, list) else [data], file)
-                for place, item in items:
-                    rows += _row(place, item, str(root / images), describe)
+                    items = published._items(data if isinstance(data, list) else [data], file)
+                rows += published._each(items, row)
 
     def read(item):
         return item["image"], [" ".join(_valid(text).split()) for text in item["captions"]]
@@ -81,7 +63,7 @@ def flickr30k(root, split, seed):
         for _, line in _lines(file):
             image, caption = line.split("\t")
             captions[image.partition("#")[0]].append(caption.strip())
-        items = _items(captions.items(), file, "image")
+        items = published._items(captions.items(), file, "image")
         read = lambda item: (_inside(root, "flickr30k-images", item[0]), item[1])  # noqa: E731
         return _table(items, split, 0, read, seed)
 
@@ -114,7 +96,7 @@ FILES |= {"coco": "annotations/captions_val2017.json", "sharegpt4v": "share-capt
 def below(root):
     """Test sets in the folder `root` (or JETTCLIP_DATA) itself or in one of its folders ->
     {source: that folder, or None}."""
-    root = data_folder(root)
+    root = published.data_folder(root)
     folders = [root, *(path for path in _files(root, "*") if path.is_dir())] if root else []
     return {
         source: next((folder for folder in folders if any(folder.glob(file))), None)

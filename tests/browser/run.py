@@ -59,9 +59,8 @@ def photos(folder):
     scenes[0].save(folder / "0.png")
     scenes[1].resize((333, 500)).save(folder / "1.jpg", quality=95)
     Image.fromarray(wave).save(folder / "2.jpg", exif=turned, quality=95)
-    Image.fromarray(np.dstack([wave, np.where(x > 200, 255, 0).astype(np.uint8)])).save(
-        folder / "3.png"
-    )
+    clear = np.dstack([wave, np.where(x > 200, 255, 0).astype(np.uint8)])
+    Image.fromarray(clear).save(folder / "3.png")
     Image.fromarray(wave).resize((900, 97)).save(folder / "4.webp", lossless=True)
     return sorted(folder.iterdir())
 
@@ -150,9 +149,8 @@ def main():
                 cosines = compare(runtime.load(folder), json.loads(found), files)
                 size = sum(path.stat().st_size for path in folder.glob("*.onnx")) / 1e6
                 image, text = cosines
-                print(
-                    f"{source.name}: {size:.1f} MB, cosine of images {image:.5f}, texts {text:.5f}"
-                )
+                cosines = f"cosine of images {image:.5f}, texts {text:.5f}"
+                print(f"{source.name}: {size:.1f} MB, {cosines}")
                 assert min(cosines) > 0.999
     print("the features in the browser are those of Python")
 
