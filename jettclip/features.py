@@ -10,6 +10,7 @@ not in it: they belong to the student's batch.
 
 import hashlib
 import json
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -156,14 +157,17 @@ def _prepare(folder, manifest, shapes):
     if left == manifest and all(map(Path.exists, paths)):
         return
     started.unlink(missing_ok=True)
-    with disk_space(folder):
+    for path in paths:
+        path.unlink(missing_ok=True)  # not cut: a student may still read the cache before
+    with disk_space(folder), ExitStack() as on_error:
         for path, shape in zip(paths, shapes.values(), strict=True):
-            path.unlink(missing_ok=True)  # not cut: a student may still read the cache before
+            on_error.callback(path.unlink, missing_ok=True)
             array = np.lib.format.open_memmap(path, "w+", np.float16, shape)
             with open(path, "r+b") as file:  # a full disk shows here, not as a crash in writing
                 file.seek(array.offset)
                 for start in range(0, array.nbytes, 1 << 20):
                     file.write(bytes(min(1 << 20, array.nbytes - start)))
+        on_error.pop_all()
     write_json(started, manifest)
 
 

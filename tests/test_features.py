@@ -238,5 +238,6 @@ def test_full_disk(finished, data, tmp_path):
             build(tmp_path, data)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not [*tmp_path.iterdir()]
     build(tmp_path, data)
     assert contents(tmp_path) == contents(finished)
