@@ -20,7 +20,7 @@ from onnxscript.optimizer import fold_constants
 from ..models import reparameterize
 from ..runs import weights_hash
 from ..text import byte_pairs, tokenizer
-from ..utils import write_json
+from ..utils import sha256, write_json
 from . import runtime
 
 ONNX = {"opset_version": 20, "external_data": False, "verbose": False}
@@ -200,5 +200,5 @@ def new_export(folder):
 def write_config(folder, config):
     """Write deploy.json: `config`, the versions that made the export, and hashes of its files."""
     versions = {p: importlib.metadata.version(p) for p in ("torch", "onnx", "onnxruntime")}
-    hashes = {file: runtime.file_hash(folder / file) for file in (*GRAPHS, "tokenizer.json")}
+    hashes = {file: sha256(folder / file) for file in (*GRAPHS, "tokenizer.json")}
     write_json(folder / runtime.CONFIG, config | {"versions": versions, "sha256": hashes})

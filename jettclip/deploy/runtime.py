@@ -1,6 +1,5 @@
 """Run an exported model without PyTorch, in ONNX Runtime or OpenVINO: NumPy arrays in and out."""
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -12,7 +11,7 @@ import numpy as np
 import tokenizers
 
 from ..inputs import Tokenizer, transform
-from ..utils import cache_folder, read_json
+from ..utils import cache_folder, read_json, sha256
 
 CONFIG = "deploy.json"
 BACKENDS = ("onnxruntime", "openvino", "openvino-bf16")
@@ -31,10 +30,6 @@ def load(folder, backend="onnxruntime"):
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown: use one of {', '.join(BACKENDS)}")
     return ExportedModel(Path(folder), backend)
-
-
-def file_hash(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def installed_backends():
@@ -80,7 +75,7 @@ class ExportedModel:
     def checked(self, name):
         """Path of a file of the folder, which is the one that was exported."""
         path = self.folder / name
-        if path.is_file() and file_hash(path) == self.hashes.get(name):
+        if path.is_file() and sha256(path) == self.hashes.get(name):
             return path
         raise DamagedExport(path)
 
