@@ -141,7 +141,12 @@ def attend(block, x, mask=None, at=None, causal=False):
     # (B, L, d) -> (B, heads, L, d / heads)
     q, k, v = (y.unflatten(2, (block.attn.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
     mask = None if mask is None else mask[:, None, None, :]
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+    if torch.compiler.is_exporting() and not causal:  # as a third of the operators
+        scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # (B, heads, w, L)
+        scores = scores if mask is None else scores + torch.where(mask, 0.0, -torch.inf)
+        y = scores.softmax(dim=3) @ v
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
     x = x + block.attn.out_proj(y.transpose(1, 2).flatten(2))  # -> (B, w, d)
     return x + block.mlp(block.ln_2(x))
 
@@ -198,9 +203,9 @@ class TokenConv(nn.Conv2d):
     def forward(self, x, mask=None, pad=True):
         """(B, L, d), padding zeroed -> (B, L, d), or without `pad` (B, L - 2 half, d)."""
         x = x if mask is None else x * mask.unsqueeze(2)
-        x = x.transpose(1, 2).unsqueeze(2)  # (B, L, d) -> (B, d, 1, L)
+        x = x.unsqueeze(1).permute(0, 3, 1, 2)  # (B, L, d) -> (B, d, 1, L)
         x = F.conv2d(x, self.weight, self.bias, 1, (0, self.half * pad), groups=self.groups)
-        return x.squeeze(2).transpose(1, 2)
+        return x.permute(0, 2, 3, 1).squeeze(1)
 
 
 class RepMixerBlock(nn.Module):
