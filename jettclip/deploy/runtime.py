@@ -4,7 +4,7 @@ import importlib.util
 import json
 import os
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -65,12 +65,15 @@ class ExportedModel:
             other = f"{backend} runs fp32 and int8-static exports"
             raise ValueError(f"{folder} is int8 for onnxruntime; {other}")
         self.image_size = self.config["image_size"]
-        bpe = tokenizers.Tokenizer.from_file(str(self.checked("tokenizer.json")))
-        self.tokenizer = Tokenizer(bpe, TOKEN_PATTERN, self.context_length)
         self.transform = partial(transform, image_size=self.image_size, **self.config["preprocess"])
         # Opens "image" or "text" when it is first used.
         self.tower = cache(lambda name, *many: open_graph(self.checked(name), backend, *many))
         self.streams = backend != "onnxruntime"
+
+    @cached_property
+    def tokenizer(self):
+        bpe = tokenizers.Tokenizer.from_file(str(self.checked("tokenizer.json")))
+        return Tokenizer(bpe, TOKEN_PATTERN, self.context_length)
 
     def checked(self, name):
         """Path of a file of the folder, which is the one that was exported."""
