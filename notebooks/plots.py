@@ -235,7 +235,7 @@ def positions(table):
 def dots(table, by, xlabel, chance):
     """Accuracy for each value of the column `by`, a marker for each model -> figure."""
     names, models = list(table[by].unique()), table.model.nunique()
-    figure, axis = plt.subplots(figsize=(6.3, 0.8 + 0.1 * len(names) * (models + 1)))
+    figure, axis = plt.subplots(figsize=(6.3, 0.8 + 0.08 * len(names) * (models + 1)))
     for number, (name, rows, look) in enumerate(by_model(table)):
         y = rows[by].map(names.index) + (number - (models - 1) / 2) * 0.8 / models
         errors = {"xerr": error_bars(rows), "capsize": 2, "linewidth": 1}
