@@ -161,10 +161,12 @@ class Depthwise(nn.Module):
     def __init__(self, conv):
         super().__init__()
         channels, n = conv.in_channels, conv.out_channels // conv.in_channels
-        sizes = channels, channels, conv.kernel_size, conv.stride, conv.padding
-        self.parts = nn.ModuleList(nn.Conv2d(*sizes, groups=channels) for _ in range(n))
+        sizes = channels, channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation
+        options = {"groups": channels, "bias": conv.bias is not None}
+        self.parts = nn.ModuleList(nn.Conv2d(*sizes, **options) for _ in range(n))
         for i, part in enumerate(self.parts):
-            part.weight, part.bias = (nn.Parameter(w[i::n]) for w in (conv.weight, conv.bias))
+            for name, weight in conv.named_parameters():
+                setattr(part, name, nn.Parameter(weight[i::n]))
 
     def forward(self, x):
         y = torch.cat([part(x) for part in self.parts], dim=1)  # (B, C, H, W) -> (B, n C, h, w)
@@ -352,9 +354,10 @@ def _fold_image(trunk):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Conv2d):
                 conv = name
-                if child.in_channels == child.groups < child.out_channels:
-                    setattr(module, name, Depthwise(child))
             elif isinstance(child, BatchNormAct2d):  # of the convolution before it
                 setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), child))
                 setattr(module, name, nn.Sequential(child.drop, child.act))
+    for name, conv in list(trunk.named_modules()):
+        if type(conv) is nn.Conv2d and conv.in_channels == conv.groups < conv.out_channels:
+            trunk.set_submodule(name, Depthwise(conv))
     return trunk

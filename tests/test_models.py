@@ -7,7 +7,7 @@ from conftest import TINY, largest, randomise
 from PIL import Image
 
 import jettclip
-from jettclip.models import TEXT_TOWERS
+from jettclip.models import TEXT_TOWERS, Depthwise
 
 SENTENCES = ["a red ring", "a large blue star on a grey ground, " * 8]
 
@@ -68,6 +68,14 @@ def test_reparameterize(tower):
     again = jettclip.reparameterize(folded)
     for features, expected in zip(outputs(again), outputs(folded), strict=True):
         assert torch.equal(features, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False, "stride": 2, "dilation": 2}])
+def test_depthwise_parts_give_the_outputs_of_the_whole(options):
+    conv = torch.nn.Conv2d(4, 12, 3, groups=4, padding=1, **options)
+    x = torch.rand(2, 4, 9, 9)
+    with torch.inference_mode():
+        torch.testing.assert_close(Depthwise(conv)(x), conv(x))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "P", "CMYK"])
