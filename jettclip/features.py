@@ -100,7 +100,10 @@ class FeatureCache:
 
     @classmethod
     def open(cls, folder, **source):
-        """Open a finished cache whose manifest has the values of `source` (rows=, data=, ...)."""
+        """Open a finished cache whose manifest has the values of `source` (rows=, data=, ...).
+
+        Only `verify` reads all of its bytes.
+        """
         if not (Path(folder) / "manifest.json").exists():
             raise FileNotFoundError(f"{folder} holds no finished feature cache: run notebook 01")
         cache = cls(folder)

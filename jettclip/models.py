@@ -170,7 +170,8 @@ class Depthwise(nn.Module):
 
     def forward(self, x):
         y = torch.cat([part(x) for part in self.parts], dim=1)  # (B, C, H, W) -> (B, n C, h, w)
-        return F.channel_shuffle(y, len(self.parts))
+        y = y.unflatten(1, (len(self.parts), -1))  # F.channel_shuffle, which Core ML does not know
+        return y.transpose(1, 2).flatten(1, 2)
 
 
 class TimmImage(nn.Module):
@@ -269,8 +270,8 @@ def create_model(name, pretrained=None, device="cpu", text_tower=None, stretch="
         config = {**MODELS["LongCLIP-B"], **checkpoints.longclip_sizes(state)}
     else:
         config = model_config(name, text_tower, **sizes)
-    vision, apples = config["vision_cfg"], "image_encoder.model.patch_emb.0.block.conv.weight"
-    if vision.get("timm_model_name") == "vit_base_mci_224" and apples in (state or ()):
+    vision, apple_key = config["vision_cfg"], "image_encoder.model.patch_emb.0.block.conv.weight"
+    if vision.get("timm_model_name") == "vit_base_mci_224" and apple_key in (state or ()):
         vision["timm_model_name"] = "vit_base_mci_apple"
     model = new(config, name)
     if state is not None:

@@ -82,7 +82,7 @@ class PhotoIndex:
         self.rows = {p: row for p, row in known.items() if photos.get(p) == row[0] or p in unseen}
         todo = [path for path in photos if path not in self.rows]
         gone = len(lost) - len(unseen)
-        if todo and not self.rows:
+        if todo and not (self.rows and os.access(self.file.parent, os.W_OK)):
             self.save()  # fails now, not after the work
         added = self.embed(todo, photos) if gone or todo else []
         self.photos = [path for path in self.rows if path not in unseen]

@@ -39,7 +39,7 @@ def disk_space(folder):
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         free, reason = shutil.disk_usage(there).free / 1e9, str(error).splitlines()[0]
         problem = f"cannot write to {folder}, where {free:.3f} GB are free ({reason:.100})"
-        todo = "make room and try again; a run resumes from its checkpoint"
+        todo = "make room and try again; what is finished is kept"
         raise OSError(f"{problem}: {todo}") from error
 
 
@@ -47,7 +47,7 @@ def load_checkpoint(path, report):
     """What a checkpoint holds; None if there is none, or none that is whole."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         report(f"{path} is damaged and not used: {str(error).splitlines()[0][:100]}")
 
 
@@ -86,6 +86,9 @@ class Run:
 
     def resume(self):
         """Load the folder's checkpoint, or clear the folder for a new start."""
+        if is_first():
+            for half in self.folder.glob(".*.ckpt.tmp*"):  # a killed process left it
+                half.unlink()
         saved = load_checkpoint(self.folder / "last.ckpt", self.report)
         old = saved["settings"] if saved else self.settings
         if differs := [key for key, value in self.settings.items() if old.get(key, key) != value]:

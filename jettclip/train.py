@@ -189,6 +189,8 @@ def batches_after(step, dataset, config, device):
 def check(config, dataset, caches):
     """Refuse what cannot be trained."""
     size, processes = config.batch_size, world_size()
+    if config.method != "none" and not caches:
+        raise ValueError(f"method {config.method!r} distils: it needs a feature cache")
     if len(dataset) < size:
         raise ValueError(f"{len(dataset)} training pairs do not fill a batch_size of {size}")
     if size % processes:

@@ -70,6 +70,22 @@ def test_static_int8_is_near_and_for_all(exported, tmp_path):
         assert (small / f"{graph}.onnx").stat().st_size < (folder / f"{graph}.onnx").stat().st_size
 
 
+def test_static_int8_depends_on_its_pairs(exported, tmp_path):
+    folder, tokens = exported[1], TOKENIZE(TEXTS)
+    made = [
+        quantize(folder, tmp_path / name, (images, tokens.numpy().astype(np.int32)))
+        for name, images in (
+            ("a", torch.rand(2, 3, 32, 32).double()),
+            ("b", np.ones((1, 3, 32, 32))),
+        )
+    ]
+    assert load(made[0]).identity != load(made[1]).identity
+    for wrong in ((tokens,), (tokens, []), np.ones(3)):
+        with pytest.raises(ValueError, match=r"must be pixels \(N, 3, S, S\) and tokens"):
+            quantize(folder, tmp_path / "wrong", wrong)
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_files_name_no_path_of_the_machine(exported):
     for file in exported[1].iterdir():
         content = file.read_bytes()

@@ -36,7 +36,7 @@ BLOCKED = "IPython,matplotlib,nbconvert,papermill,psutil,snakemake,typst"
 IMPORT_ALL = """
 import importlib, os, sys
 from pathlib import Path
-for name in ("posix_fallocate", "sched_getaffinity", "sched_setaffinity"):
+for name in ("sched_getaffinity", "sched_setaffinity"):
     vars(os).pop(name, None)
 sys.modules.update(dict.fromkeys(sys.argv[1].split(",")))  # None: an import of it fails
 for path in sorted(Path("jettclip").rglob("*.py")):

@@ -28,7 +28,7 @@ TOLERANCE = 1e-5  # of normalised features, between PyTorch and the exported fp3
 # In 8 bits: which input of an operator holds the weight, and the axis of the weight's channels.
 STORED = {"Conv": (1, 0), "Gather": (0, 1)}
 PRODUCTS = ["Conv", "Gemm", "MatMul"]
-# OpenVINO takes longer with zero points, and its results between products may be more exact.
+# Zero points make OpenVINO slower. Outputs of products are not rounded to 8 bits.
 STATIC = {"op_types_to_quantize": PRODUCTS}
 STATIC["extra_options"] = {
     "ActivationSymmetric": True,
@@ -67,8 +67,8 @@ def export(model, folder):
     model = reparameterize(model).cpu()
     images = torch.rand(3, 3, size, size)
     tokens = tokenizer(length)(["a long description " * n for n in (0, 1, 5, 25, 125)])
-    quiet = warnings.catch_warnings(action="ignore", category=FutureWarning)  # of PyTorch's own
-    with new_export(folder) as temporary, torch.no_grad(), quiet:
+    no_warnings = warnings.catch_warnings(action="ignore", category=FutureWarning)  # of PyTorch's
+    with new_export(folder) as temporary, torch.no_grad(), no_warnings:
         write_graph(model.visual, images, (0,), temporary / "image.onnx")
         write_graph(model.text, tokens, (0, 1) if trims else (0,), temporary / "text.onnx")
         byte_pairs()[0].save(str(temporary / "tokenizer.json"), pretty=False)
@@ -94,42 +94,54 @@ def write_graph(tower, example, dynamic, path):
 
 
 def quantize(folder, output, calibration=None):
-    """Write the fp32 export `folder` to `output` with 8-bit weights, a quarter of its size.
+    """Write the fp32 export `folder` to `output` with 8-bit weights, about a quarter of its size.
 
     calibration: pixels (N, 3, S, S) and tokens (N, L) of some hundred training pairs, which give
-    the ranges of activations. Matrix products and convolutions then multiply in 8 bits; depthwise
-    ones do not, as they lose recall by it. OpenVINO is fastest with this form, ONNX Runtime slow.
+    the ranges of activations. OpenVINO then multiplies matrices and convolutions in 8 bits, except
+    depthwise ones, which would lose recall; full-size models are fastest so. ONNX Runtime runs this
+    form, too, in fp32.
     None: matrix products find the ranges as they run, and convolutions multiply in fp32. Only ONNX
     Runtime runs this form, here and in browsers.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static  # a second
 
-    exported = runtime.load(folder)
+    exported, static = runtime.load(folder), calibration is not None
+    if static and not (len(calibration) == 2 and all(map(len, calibration))):
+        raise ValueError("calibration must be pixels (N, 3, S, S) and tokens (N, L), N at least 1")
     options = {"per_channel": True, "weight_type": QuantType.QInt8}
-    with new_export(output) as temporary:
+    with new_export(output) as temporary, quiet():
         shutil.copy(exported.checked("tokenizer.json"), temporary)
-        logging.disable(logging.WARNING)  # it asks for shape inference, which the exporter did
-        for graph, rows in zip(GRAPHS, calibration or (None, None), strict=True):
+        for graph, rows in zip(GRAPHS, calibration if static else (None, None), strict=True):
             files = exported.checked(graph), temporary / graph
-            if calibration:
+            if static:
                 inputs = calibration_inputs(exported, graph, rows)
                 reader = SimpleNamespace(get_next=partial(next, inputs, None))
                 options["nodes_to_exclude"] = left_in_fp32(files[0])
                 quantize_static(*files, reader, **STATIC, **options)
             else:
                 quantize_dynamic(*files, ["MatMul"], **options)
-            store_in_8_bits(files[1], ["Gather"] if calibration else STORED)
-        logging.disable(logging.NOTSET)
-        precision = "int8-static" if calibration else "int8"
+            store_in_8_bits(files[1], ["Gather"] if static else STORED)
+        precision = "int8-static" if static else "int8"
         write_config(temporary, {**exported.config, "precision": precision})
     return Path(output)
 
 
+@contextmanager
+def quiet():
+    """Without warnings of ONNX Runtime, which asks for shape inference: the exporter did that."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def calibration_inputs(exported, graph, rows):
     """Inputs of `graph`, a row of pixels or tokens at a time, which is cut as in `runtime`."""
-    for row in map(np.asarray, rows):
+    for row in rows:
+        row = np.asarray(row, np.float32 if graph == "image.onnx" else np.int64)[None]
         cut = graph == "text.onnx" and exported.config["trims"]
-        yield {Path(graph).stem: row[None, : row.argmax() + 1] if cut else row[None]}
+        yield {Path(graph).stem: row[:, : row.argmax() + 1] if cut else row}
 
 
 def left_in_fp32(path):

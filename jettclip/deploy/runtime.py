@@ -60,6 +60,8 @@ class ExportedModel:
             self.context_length, self.hashes = self.config["context_length"], self.config["sha256"]
         except (ValueError, TypeError, KeyError):
             raise DamagedExport(path) from None
+        if self.config["precision"] == "int8-static":  # the ranges of activations count
+            made_of.append(self.hashes["image.onnx"])
         self.identity = json.dumps([*made_of, backend == "openvino-bf16"])
         if self.config["precision"] == "int8" and backend != "onnxruntime":
             other = f"{backend} runs fp32 and int8-static exports"
