@@ -45,10 +45,13 @@ def disk_space(folder):
 
 def load_checkpoint(path, report):
     """What a checkpoint holds; None if there is none, or none that is whole."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        report(f"{path} is damaged and not used: {str(error).splitlines()[0][:100]}")
+    if not path.exists():
+        return None
+    with open(path, "rb") as file:  # one that may not be read is an error, and not damaged
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            report(f"{path} is damaged and not used: {str(error).splitlines()[0][:100]}")
 
 
 def weights_hash(model):
