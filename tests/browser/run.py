@@ -149,8 +149,8 @@ def main():
                 cosines = compare(runtime.load(folder), json.loads(found), files)
                 size = sum(path.stat().st_size for path in folder.glob("*.onnx")) / 1e6
                 image, text = cosines
-                cosines = f"cosine of images {image:.5f}, texts {text:.5f}"
-                print(f"{source.name}: {size:.1f} MB, {cosines}")
+                near = f"cosine of images {image:.5f}, texts {text:.5f}"
+                print(f"{source.name}: {size:.1f} MB, {near}")
                 assert min(cosines) > 0.999
     print("the features in the browser are those of Python")
 
