@@ -132,10 +132,12 @@ def cka_interval(x, y, blocks=20):
 
 
 def neighbour_overlap(x, y, k=10):
-    """Share (N,) of each row's k < N nearest neighbours in x (N, d) that are so in y (N, e) too.
+    """Share (N,) of each row's k nearest neighbours in x (N, d) that are so in y (N, e) too.
 
     x and y are normalised features of the same rows. Unrelated ones share k / (N - 1).
     """
+    if not 0 < k < len(x):
+        raise ValueError(f"{len(x)} rows have {len(x) - 1} neighbours each: k is {k}")
     similar = ((f @ f.T).fill_diagonal_(-torch.inf) for f in (x, y))  # (N, N) each
     a, b = (s.topk(k, dim=1).indices for s in similar)  # (N, k) each
     return (a[:, :, None] == b[:, None, :]).any(dim=2).double().mean(dim=1).numpy()

@@ -66,6 +66,8 @@ class FeatureCache:
         cache that is damaged or of other inputs is replaced.
         """
         folder, (n, k, _), draws = Path(folder), dataset.crops.shape, dataset.draws
+        if not n:
+            raise ValueError("there are no pairs, and no features to store")
         width, text_width = getattr(teacher, "widths", None) or [teacher.config["embed_dim"]] * 2
         source = {"teacher": teacher_hash, "data": fingerprint(table), "code": code_hash(*CODE)}
         source["crops"] = hashlib.sha256(dataset.crops.tobytes()).hexdigest()

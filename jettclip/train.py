@@ -189,6 +189,8 @@ def batches_after(step, dataset, config, device):
 def check(config, dataset, caches):
     """Refuse what cannot be trained."""
     size, processes = config.batch_size, world_size()
+    if config.steps < 1 or size < 2:
+        raise ValueError(f"{config.steps} steps of {size} pairs: train at least 1 step of 2 pairs")
     if config.method != "none" and not caches:
         raise ValueError(f"method {config.method!r} distils: it needs a feature cache")
     if len(dataset) < size:

@@ -138,6 +138,8 @@ def test_cka_of_few_rows(n):
 
 
 def test_neighbour_overlap():
+    with pytest.raises(ValueError, match="4 rows have 3 neighbours each: k is 4"):
+        analysis.neighbour_overlap(features(4, 3), features(4, 3), 4)  # a row is not its own
     x = features(50, 8)
     assert (analysis.neighbour_overlap(x, x) == 1).all()
     circle = torch.tensor([[np.cos(a), np.sin(a)] for a in np.radians([0, 10, 30, 60])])

@@ -175,9 +175,11 @@ def test_rows_outside_are_refused(finished):
     assert cache.rows([22], [1])[0].equal(torch.from_numpy(cache.image[22:, 1]).float())
 
 
-def test_one_pair(data, tmp_path):
-    one = data[0][:1], PairDataset(data[0][:1], 16)
+def test_one_pair_and_none(data, tmp_path):
+    one, none = ((data[0][:n], PairDataset(data[0][:n], 16)) for n in (1, 0))
     assert [x.shape for x in build(tmp_path, one, batch_size=4).rows([0], [0])] == [(1, 8)] * 3
+    with pytest.raises(ValueError, match="there are no pairs, and no features to store"):
+        build(tmp_path, none)
 
 
 def die(count):

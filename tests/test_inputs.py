@@ -156,6 +156,10 @@ def test_pillow_does_not_warn_below_our_own_limit():
     assert "Unreadable: cannot load" in result.stderr and "DecompressionBomb" not in result.stderr
 
 
+def test_digest():
+    assert inputs.digest(b"abc") == "cf4ab791c62b8d2b2109c90275287816"  # b2sum -l 128
+
+
 @pytest.mark.parametrize("mode, size", [("L", (200, 33)), ("P", (5, 7)), ("RGBA", (481, 640))])
 def test_pixels_are_the_models(mode, size):
     noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)

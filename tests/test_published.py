@@ -283,7 +283,9 @@ BAD_FILES = [
 def test_bad_files(source, file, content, problem, tree, tmp_path, monkeypatch):
     """Missing, or not as published."""
     monkeypatch.chdir(tmp_path)
-    missing = r"no .*(dataset_\*|share-.*\*|captions_train|metadata).*(json|csv)|flickr8k.*parquet"
+    missing = (
+        r"no .*(dataset_\*|share-.*\*|captions_train2017|metadata).(jsonl?|csv)|flickr8k.*parquet"
+    )
     for root, name in ((tmp_path, tmp_path), ("deep/..", tmp_path), (None, "")):
         with pytest.raises(FileNotFoundError, match=f"({missing}) in .{name}.: set the parameter"):
             load_pairs(source, root)
@@ -327,7 +329,10 @@ LINES += [item("c.jpg", "\ud83d dog"), item("../d.jpg", "x"), item(5, "x")]
 LINES += [item("e.jpg", "x", split="dev"), item("h.jpg", " ."), item("i", ["x"])]
 LINES = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in LINES)
 LINES_BAD = {"b.jpg": "None is no text (line 3 ", "line 5": "JSONDecode", "line 6": "NoneType"}
-LINES_BAD |= {"c.jpg": "not Unicode: save the file as UTF-8 (line 8 ", "../d.jpg": "outside of"}
+LINES_BAD |= {
+    "c.jpg": "not Unicode: save the file as UTF-8 (line 8 ",
+    "../d.jpg": "outside of the data folder",
+}
 LINES_BAD |= {"line 10": "5 is no text", "line 11": "split 'dev' is unknown"}
 LINES_BAD |= {"h.jpg": "empty: [' .'] (line 12 ", "i": "['x'] is no text"}
 NOTES = [{"image_id": i, "caption": None if i == 3 else f"a dog {i}"} for i in range(5)] + [5, {}]

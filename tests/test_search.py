@@ -452,7 +452,10 @@ def test_the_command_line_needs_no_torch(folder, exported, update, tmp_path, mon
             ("photos --model notes.html", "--name which model notes.html holds"),
             (f"photos --model {exported[1]} --index more", "write .*: use another --index"),
             (f"photos --model {exported[1]} --index locked/x", "locked is no folder: use another"),
-            (f"photos --model {exported[1]} --index a/b/c", "a/b is no folder: use another"),
+            (
+                f"photos --model {exported[1]} --index a/b/c",
+                "a/b is no folder: use another --index",
+            ),
             (f"photos x --model {exported[1]} --below re", "--below re: photos has no such sub"),
         ):
             with pytest.raises(SystemExit, match=message):

@@ -97,6 +97,7 @@ def test_a_killed_run_ends_with_the_same_weights(data, tmp_path):
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert not (killed / "student").exists()  # step 6 was reported, and step 5 saved last
+    before = torch.load(killed / "last.ckpt", weights_only=True)["heads"]
     train_with_dropout(killed, data, lines.append)
     steps = [line.split(" loss")[0] for line in lines]
     assert steps == ["resumed killed at step 5 of 8", "killed step 6/8", "killed step 8/8"]
@@ -105,6 +106,7 @@ def test_a_killed_run_ends_with_the_same_weights(data, tmp_path):
 
     saved = torch.load(whole / "last.ckpt", weights_only=True)["heads"]
     assert saved["image.weight"].shape == (16, 12) and saved["fuse_text.weight"].shape == (12, 28)
+    assert all((saved[key] != before[key]).any() for key in saved)
     assert load_folder(whole / "student").state_dict().keys() == tiny_model().state_dict().keys()
 
 
@@ -220,7 +222,10 @@ def test_two_processes_are_killed_and_resume(job, tmp_path, monkeypatch):
     while not lines.exists() or "killed step 2/6" not in lines.read_text():  # step 1 is saved
         assert process.is_alive()
         time.sleep(0.02)
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="another process"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(RuntimeError, match="another process trains"),
+    ):
         patch.setattr(runs, "LOCK_SECONDS", 0)
         runs.lock(killed)
     process.kill()
@@ -232,6 +237,8 @@ def test_two_processes_are_killed_and_resume(job, tmp_path, monkeypatch):
 
 
 REFUSED = {
+    "8 steps of 1 pairs: train at least 1 step of 2 pairs": {"method": "none", "batch_size": 1},
+    "needs a feature cache": {},
     "20 training pairs do not fill a batch_size of 21": {"method": "none", "batch_size": 21},
     "batch_size 9 does not divide among 2 processes": {"method": "none", "batch_size": 9},
     "did you mean 'both'": {"pairs": "bot"},

@@ -32,6 +32,12 @@ def test_what_is_printed_cannot_control_the_terminal():
     assert utils.shown(text) == "a\\x1b[31m\\r\\n\\u2028\\u202e\\udcff é\u00a0犬"
 
 
+def test_of_many_names_the_nearest_are_listed():
+    error = utils.nearest("ViT-B-33", [f"ViT-B-{i}" for i in range(32, 80)], "model")
+    assert "did you mean 'ViT-B-3" in error and error.endswith("... (48 in all)")
+    assert error.count("ViT-B-") <= 7
+
+
 def test_progress_reports_once_a_minute(monkeypatch):
     """Items of 25 seconds each, after 10 that were done before."""
     now, lines = 0, []
