@@ -19,15 +19,13 @@ import torch
 import torch.nn.functional as F
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transformer import QuickGELU, VisionTransformer
-from timm.layers import BatchNormAct2d, LayerNorm
+from timm.layers import LayerNorm
 from timm.models import fastvit_mci0, register_model, vit_base_mci_224
-from timm.models.fastvit import LayerScale2d
-from timm.utils import reparameterize_model
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.transforms import v2
 
 from . import checkpoints, hub, openclip
+from .fold import fold_image
 from .inputs import read_photo
 from .text import CONTEXT, HybridText, TransformerText, tokenizer
 from .utils import absolute, nearest
@@ -42,8 +40,6 @@ MOBILECLIP2 = OPENAI | {"interpolation": "bilinear"}  # S3, S4
 LONG = {"context_length": CONTEXT}
 MASKED = LONG | {"mask_padding": True}
 HYBRID = {"hybrid": True, "layers": 4, "no_causal_mask": None}
-# Layer scales of timm's FastViT, and the layers before them.
-SCALED = {"layer_scale": "mlp.fc2", "layer_scale_1": "token_mixer.proj", "layer_scale_2": "mlp.fc2"}
 
 
 def _tiny(embed_dims, width, heads):
@@ -152,26 +148,6 @@ class StridedPointwise(nn.Conv2d):
     def forward(self, x):
         x = x[:, :, :: self.stride[0], :: self.stride[1]]
         return F.conv2d(x, self.weight, self.bias, groups=self.groups)
-
-
-class Depthwise(nn.Module):
-    """A convolution with n outputs for each input channel, as n depthwise ones: the outputs are the
-    same, and OpenVINO takes a fifth of the time."""
-
-    def __init__(self, conv):
-        super().__init__()
-        channels, n = conv.in_channels, conv.out_channels // conv.in_channels
-        sizes = channels, channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation
-        options = {"groups": channels, "bias": conv.bias is not None}
-        self.parts = nn.ModuleList(nn.Conv2d(*sizes, **options) for _ in range(n))
-        for i, part in enumerate(self.parts):
-            for name, weight in conv.named_parameters():
-                setattr(part, name, nn.Parameter(weight[i::n]))
-
-    def forward(self, x):
-        y = torch.cat([part(x) for part in self.parts], dim=1)  # (B, C, H, W) -> (B, n C, h, w)
-        y = y.unflatten(1, (len(self.parts), -1))  # F.channel_shuffle, which Core ML does not know
-        return y.transpose(1, 2).flatten(1, 2)
 
 
 class TimmImage(nn.Module):
@@ -334,31 +310,8 @@ def reparameterize(model):
         return model
     model.folded = True
     if hasattr(model.visual, "trunk"):  # a model of timm
-        model.visual.trunk = _fold_image(model.visual.trunk).to(memory_format=torch.channels_last)
+        model.visual.trunk = fold_image(model.visual.trunk).to(memory_format=torch.channels_last)
     if isinstance(model.text, HybridText):
         model.text.first.fold()
         model.text.last.fold()
     return model
-
-
-@torch.no_grad()
-def _fold_image(trunk):
-    trunk = reparameterize_model(trunk)
-    for module in trunk.modules():
-        for name, scaled in SCALED.items():
-            scale = getattr(module, name, None)
-            if isinstance(scale, LayerScale2d):
-                layer = module.get_submodule(scaled)
-                layer.weight.mul_(scale.gamma.view(-1, *[1] * (layer.weight.ndim - 1)))
-                layer.bias.mul_(scale.gamma.flatten())
-                setattr(module, name, nn.Identity())
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Conv2d):
-                conv = name
-            elif isinstance(child, BatchNormAct2d):  # of the convolution before it
-                setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), child))
-                setattr(module, name, nn.Sequential(child.drop, child.act))
-    for name, conv in list(trunk.named_modules()):
-        if type(conv) is nn.Conv2d and conv.in_channels == conv.groups < conv.out_channels:
-            trunk.set_submodule(name, Depthwise(conv))
-    return trunk

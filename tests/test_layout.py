@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ORDER = ["utils", "distributed", "runs", "losses", "inputs", "deploy.runtime", "text"]
+ORDER = ["utils", "distributed", "runs", "losses", "fold", "inputs", "deploy.runtime", "text"]
 ORDER += ["checkpoints", "hub", "openclip", "models", "datasets.published", "datasets.rulers"]
 ORDER += ["datasets.scenes", "datasets.collage"]
 ORDER += ["data", "evaluate", "analysis", "features", "train", "deploy.export", "deploy.timing"]

@@ -7,7 +7,8 @@ from conftest import TINY, largest, randomise
 from PIL import Image
 
 import jettclip
-from jettclip.models import TEXT_TOWERS, Depthwise
+from jettclip.fold import Depthwise
+from jettclip.models import TEXT_TOWERS
 
 SENTENCES = ["a red ring", "a large blue star on a grey ground, " * 8]
 
