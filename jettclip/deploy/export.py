@@ -29,11 +29,7 @@ TOLERANCE = 1e-5  # of normalised features, between PyTorch and the exported fp3
 STORED = {"Conv": (1, 0), "Gather": (0, 1)}
 PRODUCTS = ["Conv", "Gemm", "MatMul"]
 # Zero points make OpenVINO slower. Outputs of products are not rounded to 8 bits.
-STATIC = {"op_types_to_quantize": PRODUCTS}
-STATIC["extra_options"] = {
-    "ActivationSymmetric": True,
-    "OpTypesToExcludeOutputQuantization": PRODUCTS,
-}
+RANGES = {"ActivationSymmetric": True, "OpTypesToExcludeOutputQuantization": PRODUCTS}
 GRAPHS = ("image.onnx", "text.onnx")
 
 
@@ -116,8 +112,9 @@ def quantize(folder, output, calibration=None):
             if static:
                 inputs = calibration_inputs(exported, graph, rows)
                 reader = SimpleNamespace(get_next=partial(next, inputs, None))
+                options["op_types_to_quantize"] = PRODUCTS
                 options["nodes_to_exclude"] = left_in_fp32(files[0])
-                quantize_static(*files, reader, **STATIC, **options)
+                quantize_static(*files, reader, extra_options=RANGES, **options)
             else:
                 quantize_dynamic(*files, ["MatMul"], **options)
             store_in_8_bits(files[1], ["Gather"] if static else STORED)
@@ -163,8 +160,10 @@ def store_in_8_bits(path, operators):
     graph, weights = model.graph, {tensor.name: tensor for tensor in model.graph.initializer}
     for node in graph.node:
         nodes.append(node)
-        operand, axis = STORED.get(node.op_type, (0, 0))
-        tensor = weights.get(node.input[operand]) if node.op_type in operators else None
+        if node.op_type not in operators:
+            continue
+        operand, axis = STORED[node.op_type]
+        tensor = weights.get(node.input[operand])
         if tensor is None or tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.dims) < 2:
             continue
         weight = to_array(tensor)
